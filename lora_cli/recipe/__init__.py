@@ -1,0 +1,1 @@
+"""The recipe: what a user may write (`schema`), and how YAML becomes it (`load`). No torch here."""

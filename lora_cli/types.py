@@ -1,0 +1,148 @@
+"""What the floors hand to each other. Shapes: B rows, T tokens per row (padded), R rows of a data set.
+
+A row travels as `Conversation` or `Text` (what the user wrote) -> `Example` (tokens and what is trained of them)
+-> `Batch` (tensors). Everything else in this file is a stage's result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""Label of a position that is not trained (torch's `ignore_index`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns in order; `where` is `file:line` of the row, for messages to the user."""
+
+    messages: tuple[Message, ...]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A plain document, trained from its first to its last token."""
+
+    text: str
+    where: str
+
+
+Row = Conversation | Text
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A tokenized row. `trained[i]` says that token i is a target: its prediction from tokens < i enters the loss."""
+
+    input_ids: npt.NDArray[np.int32]  # (T,)
+    trained: npt.NDArray[np.bool_]  # (T,)
+
+
+class Examples(Protocol):
+    """A tokenized data set, read by index; `lengths` is in tokens, `fingerprint` names its content."""
+
+    lengths: npt.NDArray[np.int64]  # (R,)
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SplitCounts:
+    """What became of a split's rows; token counts are of the rows that were kept."""
+
+    rows: int
+    kept: int
+    dropped: int
+    truncated: int
+    tokens: int
+    trained_tokens: int
+    lost_trained_tokens: int
+    """Trained tokens of dropped and truncated rows that will not be seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Result of the prepare stage."""
+
+    train: Examples | None
+    eval: Examples | None
+    tokenizer: Any
+    """The transformers fast tokenizer, with pad and terminator settled and the chat template in place."""
+    pad_id: int
+    stop_ids: tuple[int, ...]
+    """Terminators: the tokens that end an answer, in training and in generation."""
+    format: str
+    template: str
+    """`model` or `plain`: which rendering was used."""
+    counts: dict[str, SplitCounts]
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch, right-padded. `labels[b, t]` is the token at t if it is trained, else IGNORED (not shifted)."""
+
+    input_ids: torch.Tensor  # (B, T) int64
+    attention_mask: torch.Tensor  # (B, T) int64, 1 = real token
+    labels: torch.Tensor  # (B, T) int64
+    rows: tuple[int, ...]
+    """Index of each row in the data set, so that a fault can be traced to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where training stands: everything random is a function of this and the seed."""
+
+    step: int
+    total_steps: int
+    micro_step: int = 0
+
+
+@dataclass(slots=True)
+class Trained:
+    """Result of the train stage."""
+
+    steps: int
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    best_step: int | None = None
+    stopped_early: bool = False
+    losses: list[float] = field(default_factory=list)
+
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Result of the evaluate stage: scores of the base and of the tuned model on the same rows."""
+
+    base: Scores
+    tuned: Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """Result of the export stage: public folder per format, and the largest logit difference after a reload."""
+
+    folders: dict[str, Path]
+    max_logit_difference: dict[str, float]
