@@ -1,21 +1,37 @@
 """Every key a user may write, with its type, default, bounds and documentation under the field.
 
 The JSON Schema for editors, `lora recipe explain` and the did-you-mean of error messages all come from these models.
-A key exists only if some code reads it. Rules that join two keys live in the section's `model_validator`, or in
-`Recipe` where they join two sections; each names the key it complains about.
+A key exists only if some code reads it. Rules that join keys live in the `conflicts` of their section, or of `Recipe`
+where they join two sections. They yield instead of raising, so that one pass reports all of them.
 
 An adapter method or objective is added as one block here, joined to the union `Adapter` or `Objective`.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A rule that joins keys and is broken: `key` is the one complained about, `reads` the others it depends on.
+
+    Keys are full paths (`train.warmup`). The rule is not reported when one of its keys has a fault of its own.
+    """
+
+    key: str
+    message: str
+    reads: tuple[str, ...] = ()
 
 
 class Section(BaseModel):
@@ -30,6 +46,29 @@ class Section(BaseModel):
         protected_namespaces=(),
         validate_default=True,
     )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield every broken rule that joins keys of this block."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _no_conflicts(self, info: ValidationInfo) -> Self:
+        found = list(self.conflicts())
+        if isinstance(info.context, list):  # the loader collects them, to report all in one pass
+            info.context.extend(found)
+        elif found:
+            text = "; ".join(f"{conflict.key}: {conflict.message}" for conflict in found)
+            raise PydanticCustomError("conflict", "{text}", {"text": text})
+        return self
+
+
+def _regex_fault(pattern: str) -> str | None:
+    """Return what is wrong with a regular expression, or None."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"{pattern!r} is not a regular expression: {error}"
+    return None
 
 
 class Model(Section):
@@ -82,11 +121,11 @@ class Data(Section):
     max_eval_rows: PositiveInt | None = None
     """Use only the first so many held-out rows. null: all."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield every broken rule that joins keys of this block."""
         if self.fields is not None and self.format != "auto":
-            raise ValueError("format|data.fields already says how to read a row (remove data.format)")
-        return self
+            message = f"found {self.format}, but data.fields already says how to read a row (remove one of them)"
+            yield Conflict("data.format", message, reads=("data.fields",))
 
 
 class LoraAdapter(Section):
@@ -104,6 +143,13 @@ class LoraAdapter(Section):
     """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
     (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
 
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield a list of targets that names nothing, or an expression that does not compile."""
+        if not self.targets:
+            yield Conflict("adapter.targets", "found nothing (name at least one layer, or write all-linear)")
+        elif isinstance(self.targets, str) and (fault := _regex_fault(self.targets)):
+            yield Conflict("adapter.targets", fault)
+
 
 class FullAdapter(Section):
     """Full fine-tuning: no adapter, the model's own weights are trained."""
@@ -112,6 +158,11 @@ class FullAdapter(Section):
     """Which method adapts the model."""
     parameters: str = "all"
     """`all`, or a regular expression that matches the whole name of each parameter to train."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield an expression that does not compile."""
+        if fault := _regex_fault(self.parameters):
+            yield Conflict("adapter.parameters", fault)
 
 
 Adapter = Annotated[LoraAdapter | FullAdapter, Field(discriminator="method")]
@@ -175,18 +226,21 @@ class Train(Section):
     """Which weights are evaluated and exported. best: those with the lowest held-out loss. auto: best with
     `early_stopping`, else last."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield every broken rule that joins keys of this block."""
         if self.max_steps is not None and isinstance(self.warmup, int) and self.warmup > self.max_steps:
-            raise ValueError(f"warmup|{self.warmup} warm-up steps are more than max_steps {self.max_steps}")
+            message = f"found {self.warmup} warm-up steps, more than train.max_steps {self.max_steps} (lower one)"
+            yield Conflict("train.warmup", message, reads=("train.max_steps",))
         if self.floor > 0 and self.schedule == "constant":
-            raise ValueError("floor|the constant schedule has no floor (choose another schedule, or floor 0)")
+            message = f"found {self.floor}, but the constant schedule has no floor (choose another schedule)"
+            yield Conflict("train.floor", message, reads=("train.schedule",))
         if self.eval_every is None:
             if self.early_stopping is not None:
-                raise ValueError("early_stopping|needs train.eval_every")
+                message = f"found {self.early_stopping}, but nothing is evaluated meanwhile (set train.eval_every)"
+                yield Conflict("train.early_stopping", message, reads=("train.eval_every",))
             if self.final_weights == "best":
-                raise ValueError("final_weights|best needs train.eval_every")
-        return self
+                message = "found best, but nothing is evaluated while training (set train.eval_every)"
+                yield Conflict("train.final_weights", message, reads=("train.eval_every",))
 
 
 class Evaluate(Section):
@@ -235,16 +289,21 @@ class Recipe(Section):
     export: Export = Export()
     run: Run = Run()
 
-    _source: str = PrivateAttr(default="recipe")
-    """File the recipe was read from, for messages."""
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+    """Where each key was written, `file:line:column` or `override key=value`; see `at`."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield every broken rule that joins keys of two blocks."""
         if isinstance(self.adapter, FullAdapter) and "peft" in self.export_formats():
-            raise ValueError("export.formats|peft: full fine-tuning has no adapter to write (use merged)")
+            message = "found peft, but full fine-tuning has no adapter to write (use merged)"
+            yield Conflict("export.formats", message, reads=("adapter.method",))
         if self.data.eval is None and self.train.eval_every is not None:
-            raise ValueError("train.eval_every|there are no held-out rows (set data.eval)")
-        return self
+            message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"
+            yield Conflict("train.eval_every", message, reads=("data.eval",))
+
+    def at(self, key: str) -> str:
+        """Return `file:line:column: key` where the key was written, `key` alone where it is a default."""
+        return f"{self._places[key]}: {key}" if key in self._places else key
 
     def export_formats(self) -> list[str]:
         """Return the formats to write, with the default for the method filled in."""
