@@ -1,0 +1,128 @@
+"""LoRA: a low-rank update beside a frozen linear layer (arXiv 2106.09685).
+
+    h = W x + (alpha / r) B A x          section 4.1, eq. 3
+
+A (r, in) starts Kaiming-uniform as in the authors' code (the paper says Gaussian) and B (out, r) at zero, so that
+the model is unchanged at injection. A and B are float32 and are cast to the input's dtype in the forward pass: bf16
+steps would round small updates away, bf16 products lose nothing that the base's own do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters._base import AdapterLinear, Method, match_targets, replace_module
+from lora_cli.seeding import stream_seed
+
+
+class LoraLinear(AdapterLinear):
+    """A linear layer with a rank-r update: (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Linear | Conv1D, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__(base)
+        self.scale = alpha / rank
+        self.dropout = dropout
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+
+    def reset(self, seed: int) -> None:
+        """Draw A from U(-1/sqrt(in), 1/sqrt(in)) and set B to zero; equal on every device for equal `seed`."""
+        generator = torch.Generator().manual_seed(seed)
+        initial = torch.empty(self.lora_A.shape)
+        nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            self.lora_A.copy_(initial)
+            self.lora_B.zero_()
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the scaled update to the base's output: (..., in), (..., out) -> (..., out)."""
+        x = F.dropout(x, self.dropout, self.training)
+        h = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
+        return y + F.linear(h * self.scale, self.lora_B.to(x.dtype))
+
+    def merged_weight(self) -> Tensor:
+        """Return W + scale B A, (out, in) float32."""
+        return self.base_weight().float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
+
+    def disk_tensors(self) -> dict[str, Tensor]:
+        """Return A (r, in) and B (out, r) by PEFT's names."""
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+
+class Lora(Method):
+    """LoRA on the layers that `targets` names; `alpha / rank` scales the update."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        targets: str | list[str] = "all-linear",
+        seed: int = 0,
+    ) -> None:
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.targets = targets
+        self.seed = seed
+        self.layers: dict[str, AdapterLinear] = {}
+
+    def inject(self, model: nn.Module) -> dict[str, AdapterLinear]:
+        """Freeze the model and put a LoraLinear around each target."""
+        model.requires_grad_(False)
+        for path in match_targets(model, self.targets):
+            base = model.get_submodule(path)
+            assert isinstance(base, nn.Linear | Conv1D)
+            layer = LoraLinear(base, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
+            layer.reset(stream_seed(self.seed, "adapter", path))
+            replace_module(model, path, layer)
+            self.layers[path] = layer
+        return self.layers
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return every A and B by `<module>.lora_A` and `<module>.lora_B`."""
+        return {
+            f"{path}.{name}": parameter
+            for path, layer in self.layers.items()
+            for name, parameter in layer.named_parameters(recurse=False)
+        }
+
+    def disk_config(self) -> dict[str, Any]:
+        """Return PEFT's LoRA keys; the targets are the exact paths, so that they match whatever the reader's rules."""
+        return {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": sorted(self.layers),
+            "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in self.layers.values()),
+            "bias": "none",
+            "init_lora_weights": True,
+            "use_dora": False,
+            "use_rslora": False,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "modules_to_save": None,
+        }
+
+    @classmethod
+    def from_disk_config(cls, config: Mapping[str, Any]) -> Lora:
+        """Return the method an adapter_config.json describes, ready to inject (`_peft` has checked its keys)."""
+        return cls(
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout", 0.0),
+            targets=config["target_modules"],
+        )
+
+
+METHOD = Lora

@@ -1,0 +1,135 @@
+"""The one place where adapters and objectives meet: a model that scores tokens, generates, and can be its own base.
+
+Shapes: B rows, T tokens, N trained tokens of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from lora_cli.types import IGNORED, Batch
+
+
+class Switchable(Protocol):
+    """An adapter layer, as far as this floor needs to know it."""
+
+    enabled: bool
+
+
+class AdaptedModel:
+    """A transformers model with adapter layers, or with trained weights of its own and a frozen copy of the old ones."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Mapping[str, Switchable],
+        frozen_copy: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self._frozen_copy = frozen_copy or {}
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.device
+
+    def trained_logits(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logits (N, V) that predict each trained token, those tokens (N,), and the row of each (N,)."""
+        targets = batch.labels[:, 1:]
+        trained = targets != IGNORED  # (B, T-1): position t predicts token t+1
+        arguments: dict[str, Tensor] = {}
+        columns = trained.any(dim=0).nonzero().squeeze(1)  # positions that predict a trained token in any row
+        if self._keeps_logits:
+            # The head is the largest product of small models; it is applied only where some row trains.
+            arguments["logits_to_keep"] = columns
+        output = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **arguments
+        )
+        logits = output.logits if self._keeps_logits else output.logits[:, columns]
+        chosen = trained[:, columns]
+        rows = chosen.nonzero()[:, 0]
+        return logits[chosen], targets[:, columns][chosen], rows
+
+    def token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return log p of each trained token, (N,) float32, and the row of each, (N,)."""
+        logits, targets, rows = self.trained_logits(batch)
+        return -nn.functional.cross_entropy(logits.float(), targets, reduction="none"), rows
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[np.ndarray], *, max_new_tokens: int, stop_ids: Sequence[int], pad_id: int
+    ) -> list[list[int]]:
+        """Return the greedy continuation of each prompt, without its terminator; prompts are padded at the left."""
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), pad_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+            mask[row, longest - len(prompt) :] = 1
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(stop_ids),
+            pad_token_id=pad_id,
+            use_cache=True,
+        )
+        # generate() would fill unset values (a repetition penalty, say) from the model's own generation config.
+        own, self.model.generation_config = self.model.generation_config, settings
+        try:
+            output = self.model.generate(
+                ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings
+            )
+        finally:
+            self.model.generation_config = own
+        return [_until(row, stop_ids) for row in output[:, longest:].tolist()]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it the model is its own base: adapters off, or the frozen copy of fully trained weights in place."""
+        for layer in self.layers.values():
+            layer.enabled = False
+        self._swap_frozen_copy()
+        try:
+            yield
+        finally:
+            self._swap_frozen_copy()
+            for layer in self.layers.values():
+                layer.enabled = True
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it dropout is off and no gradient is recorded."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+    @torch.no_grad()
+    def _swap_frozen_copy(self) -> None:
+        for name, copy in self._frozen_copy.items():
+            parameter = self.model.get_parameter(name)
+            trained = parameter.detach().clone()
+            parameter.copy_(copy)
+            copy.copy_(trained)
+
+
+def _until(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+    kept = []
+    for token in ids:
+        if token in stop_ids:
+            break
+        kept.append(token)
+    return kept

@@ -1,0 +1,95 @@
+"""A base model and its tokenizer from the bundled model, a local folder or the hub; safetensors only, no remote code.
+
+A hub id is first brought into a local folder (weights, config and tokenizer files only), so that one path leads to
+the model and the same checks apply to both. A local folder never causes a connection.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from lora_cli.errors import InputError
+from lora_cli.models.safety import check_model_folder
+
+TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "*.model"]
+
+# transformers draws progress bars for a few small files and warns about things we check ourselves.
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+def base_folder(base: str, revision: str | None = None) -> Path:
+    """Return the local folder of a base: the bundled `tiny`, a folder, or a hub id's files in the hub cache.
+
+    Raises:
+        InputError: the folder cannot be used, or the hub does not have the id or is out of reach.
+    """
+    if base == "tiny":
+        return TINY
+    folder = Path(base).expanduser()
+    if not folder.exists():
+        try:
+            folder = Path(snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES))
+        except HFValidationError as error:
+            raise InputError(f"model.base: {base!r}: no such folder, and not a hub id") from error
+        except RepositoryNotFoundError as error:
+            raise InputError(f"model.base: {base!r}: no such folder, and the hub has no such model") from error
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"model.base: {base!r}: no such folder, and the hub did not answer ({reason})"
+            ) from error
+    check_model_folder(folder)
+    return folder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the folder's fast tokenizer.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from error
+    if not tokenizer.is_fast:
+        raise InputError(f"{folder}: not a fast tokenizer (a tokenizer.json is needed)")
+    return tokenizer
+
+
+def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Return the folder's decoder-only model in `dtype` on `device`, in evaluation mode.
+
+    Raises:
+        InputError: it is not a causal language model that transformers knows, or a weight is missing or misshapen.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{folder}: the model cannot be loaded ({str(error).splitlines()[0]})") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in report.get(problem, ()))
+        if names:
+            # transformers would fill such weights with random numbers and go on.
+            raise InputError(f"{folder}: {len(names)} weights are {problem.removesuffix('_keys')}, first {names[0]}")
+    model = model.to(device)
+    model.eval()
+    return model

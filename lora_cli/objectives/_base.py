@@ -1,0 +1,72 @@
+"""What an objective is, and how rows become padded micro-batches.
+
+An objective returns a SUM of losses and the number of UNITS in it (trained tokens, or pairs). The loop divides once
+by the count over all micro-batches and processes, so that accumulation and data parallelism are exact.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_cli.models.adapted import AdaptedModel
+from lora_cli.types import IGNORED, Batch, Example, Progress
+
+Rows = Sequence[tuple[int, Example]]
+"""Rows with their index in the data set."""
+
+Metrics = dict[str, float]
+"""Named sums over a batch's units, e.g. how many tokens were predicted right."""
+
+
+class Objective(ABC):
+    """What training minimises."""
+
+    @abstractmethod
+    def micro_batches(self, model: AdaptedModel, rows: Rows, progress: Progress, *, tokens: int) -> list[Batch]:
+        """Return the rows as batches of at most `tokens` padded tokens; a longer row is a batch of its own."""
+
+    @abstractmethod
+    def units(self, batch: Batch) -> int:
+        """Return how many units the batch's loss is a sum over."""
+
+    @abstractmethod
+    def loss_sum(self, model: AdaptedModel, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Return the summed loss, 0-d float32, and sums to report; metrics are empty while training."""
+
+
+def pad_batches(rows: Rows, *, tokens: int, pad_id: int, device: torch.device) -> list[Batch]:
+    """Return right-padded batches of rows of similar length, at most `tokens` padded tokens each."""
+    batches = []
+    group: list[tuple[int, Example]] = []
+    for row in sorted(rows, key=lambda row: -len(row[1].input_ids)):
+        if group and len(group[0][1].input_ids) * (len(group) + 1) > tokens:
+            batches.append(_pad(group, pad_id, device))
+            group = []
+        group.append(row)
+    if group:
+        batches.append(_pad(group, pad_id, device))
+    return batches
+
+
+def _pad(rows: Rows, pad_id: int, device: torch.device) -> Batch:
+    shape = (len(rows), max(len(example.input_ids) for _, example in rows))
+    input_ids = torch.full(shape, pad_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED)
+    for index, (_, example) in enumerate(rows):
+        length = len(example.input_ids)
+        ids = torch.from_numpy(example.input_ids.astype("int64"))
+        input_ids[index, :length] = ids
+        attention_mask[index, :length] = 1
+        # Labels come from the mask, never from comparing with the pad id: pad may equal eos, and eos is trained.
+        labels[index, :length] = torch.where(torch.from_numpy(example.trained.copy()), ids, IGNORED)
+    return Batch(
+        input_ids.to(device, non_blocking=True),
+        attention_mask.to(device, non_blocking=True),
+        labels.to(device, non_blocking=True),
+        tuple(row for row, _ in rows),
+    )

@@ -1,0 +1,130 @@
+"""Folders that are either complete or not there: the one writer of checkpoints, adapters, models and caches.
+
+    target/              absent
+    .tmp-target-4711/    files are written here, each flushed to disk, then manifest.json (size and sha256 of each)
+    target/              appears by one rename
+
+A crash at any moment leaves a hidden folder that `sweep` removes, never a half-written `target`. safetensors does not
+notice damaged content (a flipped bit loads without an error), so `verify` compares every file with the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import InputError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@contextmanager
+def published(target: Path, *, replace: bool = False, facts: dict[str, Any] | None = None) -> Iterator[Path]:
+    """Yield a hidden folder to write into; on a normal exit it becomes `target`, on an exception it is removed.
+
+    `facts` are added to the manifest. With `replace` an existing target gives way in the same moment.
+
+    Raises:
+        InputError: `target` exists and `replace` is false.
+    """
+    if target.exists() and not replace:
+        raise InputError(f"{target}: exists already (choose another folder or remove it)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".tmp-{target.name}-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        _write_manifest(staging, facts or {})
+        displaced = target.parent / f".old-{target.name}-{os.getpid()}"
+        if target.exists():
+            os.rename(target, displaced)
+        os.rename(staging, target)
+        _sync(target.parent)
+        shutil.rmtree(displaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a published folder after comparing every file with it.
+
+    Raises:
+        InputError: the manifest is missing or unreadable, or a file is missing or differs from it.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files: dict[str, dict[str, Any]] = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: {MANIFEST} is missing or unreadable") from error
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["size"] or sha256_of(path) != entry["sha256"]:
+            raise InputError(f"{path}: missing or damaged (its size or sha256 differs from {MANIFEST})")
+    return manifest
+
+
+def sweep(parent: Path) -> list[Path]:
+    """Remove what interrupted writers left in `parent` and return it; folders of living processes stay."""
+    removed = []
+    for pattern in (".tmp-*", ".old-*"):
+        for path in parent.glob(pattern):
+            pid = path.name.rpartition("-")[2]
+            if pid.isdigit() and not _alive(int(pid)):
+                shutil.rmtree(path, ignore_errors=True)
+                removed.append(path)
+    return removed
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON to `path` by one rename, so that a reader never sees half a file."""
+    staging = path.parent / f".tmp-{path.name}-{os.getpid()}"
+    staging.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(staging)
+    os.replace(staging, path)
+    _sync(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _sync(path)
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(folder / MANIFEST)
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

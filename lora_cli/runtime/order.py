@@ -1,0 +1,35 @@
+"""Which rows an optimizer step trains on: a function of seed and step, not a state that must be saved."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_cli.seeding import stream_seed
+
+
+def steps_per_epoch(num_rows: int, batch_size: int) -> int:
+    """Return the optimizer steps of one pass; the last of them may hold fewer than `batch_size` rows."""
+    return math.ceil(num_rows / batch_size)
+
+
+def total_steps(num_rows: int, batch_size: int, *, epochs: float, max_steps: int | None) -> int:
+    """Return the optimizer steps of the run: `max_steps` where given, else `epochs` passes, rounded up."""
+    if max_steps is not None:
+        return max_steps
+    return max(1, math.ceil(round(epochs * steps_per_epoch(num_rows, batch_size), 9)))
+
+
+def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:
+    """Return the rows of a step over all processes: a slice of its epoch's permutation, at equal cost for any step."""
+    epoch, index = divmod(step, steps_per_epoch(num_rows, batch_size))
+    rows = _permutation(num_rows, seed, epoch)[index * batch_size : (index + 1) * batch_size]
+    return [int(row) for row in rows]
+
+
+@functools.lru_cache(maxsize=1)
+def _permutation(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    return np.random.Generator(np.random.Philox(stream_seed(seed, "order", epoch))).permutation(num_rows)
