@@ -124,7 +124,9 @@ class Data(Section):
     def conflicts(self) -> Iterator[Conflict]:
         """Yield every broken rule that joins keys of this block."""
         if self.fields is not None and self.format != "auto":
-            message = f"found {self.format}, but data.fields already says how to read a row (remove one of them)"
+            message = (
+                f"found {self.format}, but data.fields already says how to read a row (remove one of them)"
+            )
             yield Conflict("data.format", message, reads=("data.fields",))
 
 
@@ -206,7 +208,10 @@ class Train(Section):
     """Exponent of the polynomial schedule."""
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
     """Decoupled weight decay of AdamW."""
-    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (
+        0.9,
+        0.999,
+    )
     """AdamW's decay rates of the first and second moment."""
     eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0e-8
     """AdamW's term against division by zero."""
@@ -229,14 +234,18 @@ class Train(Section):
     def conflicts(self) -> Iterator[Conflict]:
         """Yield every broken rule that joins keys of this block."""
         if self.max_steps is not None and isinstance(self.warmup, int) and self.warmup > self.max_steps:
-            message = f"found {self.warmup} warm-up steps, more than train.max_steps {self.max_steps} (lower one)"
+            message = (
+                f"found {self.warmup} warm-up steps, more than train.max_steps {self.max_steps} (lower one)"
+            )
             yield Conflict("train.warmup", message, reads=("train.max_steps",))
         if self.floor > 0 and self.schedule == "constant":
             message = f"found {self.floor}, but the constant schedule has no floor (choose another schedule)"
             yield Conflict("train.floor", message, reads=("train.schedule",))
         if self.eval_every is None:
             if self.early_stopping is not None:
-                message = f"found {self.early_stopping}, but nothing is evaluated meanwhile (set train.eval_every)"
+                message = (
+                    f"found {self.early_stopping}, but nothing is evaluated meanwhile (set train.eval_every)"
+                )
                 yield Conflict("train.early_stopping", message, reads=("train.eval_every",))
             if self.final_weights == "best":
                 message = "found best, but nothing is evaluated while training (set train.eval_every)"

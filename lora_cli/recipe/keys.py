@@ -1,0 +1,215 @@
+"""What the schema says about its keys: a table of paths, their types in words, `explain` and the JSON Schema.
+
+All is read from the JSON Schema that pydantic generates: it is uniform where the annotations are not (unions,
+bounds, literals and defaults have one form each).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from lora_cli.errors import InputError
+from lora_cli.recipe.schema import Recipe
+
+JsonSchema = dict[str, Any]
+
+MAX_LEVELS = 4
+"""Blocks nest no deeper than this; `data.fields.prompt` has three levels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key or block a user may write; `variant` is the adapter method or objective it belongs to, if any."""
+
+    path: str
+    variant: str | None
+    schema: JsonSchema
+    required: bool
+    is_block: bool
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def expected(self) -> str:
+        """What the value must be, in words."""
+        return in_words(self.schema)
+
+    @property
+    def default(self) -> Any:
+        """The default, None where there is none."""
+        return self.schema.get("default")
+
+
+def json_schema() -> JsonSchema:
+    """Return the JSON Schema of a recipe, for editors that complete and check YAML."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **_schema(),
+        "title": "lora-cli recipe",
+    }
+
+
+@cache
+def _schema() -> JsonSchema:
+    return Recipe.model_json_schema()
+
+
+@cache
+def all_keys() -> tuple[Key, ...]:
+    """Return every block and key, in the order of the schema; a key of two methods is there twice."""
+    return tuple(_walk("", None, _schema()))
+
+
+def keys_at(path: str, variant: str | None = None) -> list[Key]:
+    """Return the keys at a path, only those of `variant` where one is given and the path has variants."""
+    found = [key for key in all_keys() if key.path == path]
+    return [key for key in found if variant is None or key.variant in (None, variant)]
+
+
+def discriminators() -> dict[str, tuple[str, str]]:
+    """Return the key that chooses between a block's variants, and its default: adapter -> (method, lora)."""
+    found = {}
+    for name, schema in _schema()["properties"].items():
+        for option in _options(schema):
+            if "discriminator" in option:
+                key = option["discriminator"]["propertyName"]
+                found[name] = (key, getattr(getattr(Recipe(), name), key))
+    return found
+
+
+def variants(block: str) -> list[str]:
+    """Return the names a block's variants have: adapter -> lora, full."""
+    options = _options(_schema()["properties"][block])
+    return [name for option in options for name in option.get("discriminator", {}).get("mapping", {})]
+
+
+def top_level() -> list[str]:
+    """Return the names of the blocks: model, data, adapter, ..."""
+    return list(_schema()["properties"])
+
+
+def explain(key: str) -> str:
+    """Return type, default and documentation of a key, or of a block with all its keys.
+
+    Raises:
+        InputError: there is no such key; the nearest one is suggested.
+    """
+    if key in ("", "recipe"):
+        lines = [_schema()["description"], ""]
+        return "\n".join(
+            lines + [f"{name}: {_summary(schema)}" for name, schema in _schema()["properties"].items()]
+        )
+    found = keys_at(key)
+    if not found:
+        from lora_cli.recipe.suggest import nearest_key  # it reads the table of this module
+
+        raise InputError(f"{key}: unknown key{nearest_key(key)}")
+    parts: list[str] = []
+    for entry in found:
+        parts.extend(_explain_block(entry) if entry.is_block else [_explain_key(entry)])
+    return "\n\n".join(dict.fromkeys(parts))
+
+
+def in_words(schema: JsonSchema) -> str:
+    """Return what a value must be: `an integer from 1 to 4096`, `auto or an integer of at least 1`."""
+    if options := schema.get("anyOf") or schema.get("oneOf"):
+        words = [in_words(option) for option in options]
+        blocks = [word for word in words if word.startswith("a block")]
+        rest = [word for word in words if word not in blocks]
+        return " or ".join(dict.fromkeys(blocks[:1] + rest))
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return "one of " + ", ".join(str(choice) for choice in schema["enum"])
+    match schema.get("type"):
+        case "integer":
+            return "an integer" + _bounds(schema)
+        case "number":
+            return "a number" + _bounds(schema)
+        case "string":
+            return "text"
+        case "boolean":
+            return "true or false"
+        case "null":
+            return "null"
+        case "array" if "prefixItems" in schema:
+            return "a list of " + ", ".join(in_words(item) for item in schema["prefixItems"])
+        case "array":
+            return f"a list of {in_words(schema['items'])}" if "items" in schema else "a list"
+    names = ", ".join(_resolve(schema).get("properties", {}))
+    return f"a block of keys: {names}" if names else "a block of keys"
+
+
+def _bounds(schema: JsonSchema) -> str:
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is not None and high is not None and high < 2**31 - 1:
+        return f" from {_plain(low)} to {_plain(high)}"
+    words = {
+        "minimum": "of at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
+    parts = [
+        f"{word} {_plain(schema[name])}"
+        for name, word in words.items()
+        if schema.get(name, 2**31) < 2**31 - 1
+    ]
+    return " " + " and ".join(parts) if parts else ""
+
+
+def _plain(bound: float) -> str:
+    return str(int(bound)) if bound == int(bound) else str(bound)
+
+
+def _walk(prefix: str, variant: str | None, schema: JsonSchema) -> Iterator[Key]:
+    required = schema.get("required", [])
+    for name, value in schema.get("properties", {}).items():
+        path = f"{prefix}.{name}" if prefix else name
+        blocks = [option for option in _options(value) if "properties" in option]
+        yield Key(path, variant, value, name in required, is_block=bool(blocks))
+        choosing = [option["discriminator"] for option in _options(value) if "discriminator" in option]
+        for block in blocks:
+            chosen = block["properties"][choosing[0]["propertyName"]]["const"] if choosing else variant
+            yield from _walk(path, chosen, block)
+
+
+def _resolve(schema: JsonSchema) -> JsonSchema:
+    if "$ref" in schema:
+        target: JsonSchema = _schema()["$defs"][schema["$ref"].rpartition("/")[2]]
+        return target
+    return schema
+
+
+def _options(schema: JsonSchema) -> Iterator[JsonSchema]:
+    """Yield the schema and everything it may be instead, references followed."""
+    schema = _resolve(schema)
+    yield schema
+    for option in schema.get("anyOf", []) + schema.get("oneOf", []) + schema.get("allOf", []):
+        yield from _options(option)
+
+
+def _summary(schema: JsonSchema) -> str:
+    described = [option["description"] for option in _options(schema) if "description" in option]
+    return " ".join(" | ".join(described).split())
+
+
+def _explain_key(key: Key) -> str:
+    title = (
+        key.path if key.variant is None else f"{key.path} (with {key.path.partition('.')[0]} {key.variant})"
+    )
+    default = "required" if key.required else f"default {json.dumps(key.default)}"
+    documentation = " ".join(key.schema.get("description", "").split())
+    return f"{title}: {key.expected}; {default}\n    {documentation}"
+
+
+def _explain_block(block: Key) -> Iterator[str]:
+    yield f"{block.path}: {block.schema.get('description') or _summary(block.schema)}"
+    yield from (_explain_key(key) for key in all_keys() if key.path.startswith(block.path + "."))
