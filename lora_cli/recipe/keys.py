@@ -149,7 +149,7 @@ def in_words(schema: JsonSchema) -> str:
 
 def _bounds(schema: JsonSchema) -> str:
     low, high = schema.get("minimum"), schema.get("maximum")
-    if low is not None and high is not None and high < 2**31 - 1:
+    if low is not None and high is not None:
         return f" from {_plain(low)} to {_plain(high)}"
     words = {
         "minimum": "of at least",
@@ -157,11 +157,7 @@ def _bounds(schema: JsonSchema) -> str:
         "maximum": "at most",
         "exclusiveMaximum": "below",
     }
-    parts = [
-        f"{word} {_plain(schema[name])}"
-        for name, word in words.items()
-        if schema.get(name, 2**31) < 2**31 - 1
-    ]
+    parts = [f"{word} {_plain(schema[name])}" for name, word in words.items() if name in schema]
     return " " + " and ".join(parts) if parts else ""
 
 

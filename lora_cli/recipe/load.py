@@ -1,8 +1,8 @@
 """A YAML file and `key.path=value` overrides become a `Recipe`, or one list of all that is wrong with them.
 
 Every line of the list is `FILE:LINE:COLUMN: key.path: what was found (what to do)`. pydantic decides what is
-valid; the words come from the schema, because pydantic's own name its union members and validators, not the user's
-keys. Where keys are at fault the rest is validated once more without them, so that rules that join keys are in the
+valid; the words come from the schema, because pydantic's name its union members and validators, not keys.
+Where keys are at fault the rest is validated once more without them, so that rules that join keys are in the
 same list; a rule that depends on a key at fault stays silent.
 """
 

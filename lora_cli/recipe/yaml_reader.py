@@ -1,9 +1,9 @@
 """Strict YAML: text becomes a tree of values that know where they were written, or a list of problems.
 
-A subset of YAML 1.2 (core schema): `1e-4` is a number; `yes`, `010`, `12:30` and `2024-01-01` are text. PyYAML
-only supplies the events. The tree is built here, because its constructors keep the last of two equal keys, call
-what a tag names, recurse without a limit and lose the position of a value. Size, depth and number of nodes are
-bounded, with aliases counted as often as they are used: 429 bytes can otherwise stand for 10^9 values.
+A subset of YAML 1.2 (core schema): `1e-4` is a number; `yes`, `010`, `12:30`, `2024-01-01` are text. PyYAML
+only supplies the events. The tree is built here, because its constructors keep the last of two equal keys,
+call what a tag names, recurse without a limit and lose the position of a value. Size, depth and nodes are
+bounded, aliases counted as often as they are used: 429 bytes can otherwise stand for 10^9 values.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import yaml
 
@@ -64,6 +65,13 @@ class MappingNode:
 
 
 Node = ScalarNode | SequenceNode | MappingNode
+
+
+class _Mark(Protocol):
+    """A position in the text, counted from 0; the C parser and the Python parser have a class each."""
+
+    line: int
+    column: int
 
 
 def read_file(path: Path, problems: list[str]) -> MappingNode:
@@ -167,7 +175,7 @@ class _Builder:
         self._nodes = 0
         self._documents = 0
 
-    def at(self, mark: yaml.Mark | None) -> str:
+    def at(self, mark: _Mark | None) -> str:
         """Return the place of a mark."""
         if self._place is not None:
             return self._place
@@ -189,7 +197,7 @@ class _Builder:
                 self._count(place, 1, 1)
                 self._close(ScalarNode(place, self._scalar(event, place)), event.anchor, self._nodes - 1, 1)
             elif isinstance(event, yaml.AliasEvent):
-                self._alias(event.anchor, place)
+                self._alias(str(event.anchor), place)
             elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
                 self._open(event, place)
             elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):

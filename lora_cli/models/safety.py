@@ -1,0 +1,164 @@
+"""A model folder judged by its JSON files and tensor headers, before torch is imported or a weight is read.
+
+What would run code is refused, not skipped: `auto_map`, `_attn_implementation_internal` (CVE-2026-4372), any
+nested `trust_remote_code` (CVE-2026-5241). A config that describes a far larger model than the weights hold
+is refused too: building it would fill the memory before the mismatch is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import InputError
+from lora_cli.models.weight_files import Tensors, read_headers, read_json
+
+MAX_PARAMETERS = 10**13
+_CODE_KEYS = (
+    "auto_map",
+    "_attn_implementation_internal",
+    "trust_remote_code",
+    "custom_generate",
+    "auto_mapping",
+)
+_NOT_CAUSAL = frozenset(
+    {
+        "albert", "bart", "bert", "bigbird", "big_bird", "blenderbot", "camembert", "canine", "clip",
+        "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "flaubert",
+        "fnet", "funnel", "ibert", "layoutlm", "led", "longformer", "luke", "m2m_100", "marian", "mbart",
+        "megatron-bert", "mobilebert", "modernbert", "mpnet", "mt5", "nomic_bert", "nystromformer",
+        "pegasus", "prophetnet", "roberta", "roberta-prelayernorm", "roformer", "splinter", "squeezebert",
+        "switch_transformers", "t5", "umt5", "vit", "wav2vec2", "whisper", "xlm-roberta", "xlm-roberta-xl",
+        "xmod", "yoso",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ModelHeader:
+    """What the files of a model say about it; `parameters` counts the stored values, tied tensors once."""
+
+    model_type: str
+    architectures: tuple[str, ...]
+    parameters: int
+    bytes: int
+    dtypes: tuple[str, ...]
+    tied: bool
+
+    @property
+    def summary(self) -> str:
+        """One line for the user."""
+        dtypes = "+".join(self.dtypes)
+        millions, megabytes = self.parameters / 1e6, self.bytes / 1e6
+        return f"{self.model_type}, {millions:,.1f} M parameters in {dtypes}, {megabytes:,.1f} MB"
+
+
+def check_model_folder(path: Path) -> ModelHeader:
+    """Return what the folder holds, if it is a decoder-only model in safetensors with a fast tokenizer.
+
+    Raises:
+        InputError: with a line per problem: files missing, damaged or that name code, or another model type.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such folder (give a model folder or a hub id)")
+    if not path.is_dir():
+        raise InputError(f"{path}: is not a folder (a model folder has config.json)")
+    if not (path / "config.json").exists():
+        if (path / "adapter_config.json").exists():
+            raise InputError(f"{path}: is an adapter, not a model (give the base model it was trained on)")
+        raise InputError(
+            f"{path}: there is no config.json (a model is a folder with config.json and *.safetensors)"
+        )
+    config = read_json(path / "config.json")
+    problems = list(_config_faults(path, config))
+    tensors: Tensors = {}
+    try:
+        tensors = read_headers(path)
+        problems.extend(_size_faults(path, config, sum(count for _, count, _ in tensors.values())))
+    except InputError as error:
+        problems.extend(error.lines)
+    problems.extend(_tokenizer_faults(path))
+    if problems:
+        raise InputError(problems)
+    text = config.get("text_config")
+    tied = text.get("tie_word_embeddings", False) if isinstance(text, dict) else False
+    return ModelHeader(
+        model_type=str(config["model_type"]),
+        architectures=tuple(str(name) for name in config.get("architectures") or ()),
+        parameters=sum(count for _, count, _ in tensors.values()),
+        bytes=sum(size for _, _, size in tensors.values()),
+        dtypes=tuple(sorted({dtype for dtype, _, _ in tensors.values()})),
+        tied=bool(config.get("tie_word_embeddings", tied)),
+    )
+
+
+def _config_faults(path: Path, config: dict[str, Any]) -> Iterator[str]:
+    place = path / "config.json"
+    for key in _code_keys(config):
+        yield f"{place}: {key} names code to run, which is never done (use a model that transformers knows)"
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        yield f"{place}: there is no model_type (is this a transformers model?)"
+    elif config.get("is_encoder_decoder") is True:
+        yield f"{place}: {kind} is an encoder-decoder model (a decoder-only language model is needed)"
+    elif kind in _NOT_CAUSAL:
+        yield f"{place}: {kind} is not a decoder-only language model (one is needed, such as llama or qwen3)"
+    if (estimate := _parameter_estimate(config)) > MAX_PARAMETERS:
+        yield f"{place}: describes {estimate:.1e} parameters, over {MAX_PARAMETERS:.0e} (download it again)"
+
+
+def _size_faults(path: Path, config: dict[str, Any], stored: int) -> Iterator[str]:
+    """Yield a fault where the estimate is beyond what quantization, tying or its own error can explain."""
+    estimate = _parameter_estimate(config)
+    if MAX_PARAMETERS >= estimate > 100 * stored + 100_000_000:
+        told = f"describes {estimate:.1e} parameters, but the weight files hold {stored:.1e}"
+        yield f"{path / 'config.json'}: {told} (download it again)"
+
+
+def _code_keys(value: Any, path: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            name = f"{path}.{key}" if path else key
+            if key in _CODE_KEYS and inner not in (None, False):
+                yield name
+            else:
+                yield from _code_keys(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _code_keys(inner, path)
+
+
+def _parameter_estimate(config: dict[str, Any]) -> float:
+    """Return a rough count: embeddings, and per layer 4 square projections and 3 to the intermediate size."""
+    total = 0.0
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+
+        def size(*names: str, part: dict[str, Any] = part) -> float:
+            found = [part[name] for name in names if isinstance(part.get(name), (int, float))]
+            return float(min(found[0], 10**30)) if found else 0.0
+
+        hidden = size("hidden_size", "n_embd", "d_model", "dim")
+        layers = size("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+        inner = size("intermediate_size", "n_inner", "d_ff") or 4 * hidden
+        total += size("vocab_size") * hidden + layers * (4 * hidden + 3 * inner + 1) * max(hidden, 1)
+        total += size("max_position_embeddings", "n_positions") * (hidden if "n_positions" in part else 0)
+    return total
+
+
+def _tokenizer_faults(path: Path) -> Iterator[str]:
+    if not (path / "tokenizer.json").exists():
+        yield f"{path}: there is no tokenizer.json (a fast tokenizer is needed; save it with transformers)"
+        return
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if name != "tokenizer.json" and not (path / name).exists():
+            continue
+        try:
+            content = read_json(path / name)
+        except InputError as error:
+            yield from error.lines
+            continue
+        if name != "tokenizer.json":  # a vocabulary may hold any word, these too
+            for key in _code_keys(content):
+                yield f"{path / name}: {key} names code to run, which is never done (remove the entry)"

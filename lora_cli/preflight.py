@@ -1,0 +1,243 @@
+"""What can be known to be wrong before torch is imported: paths, the model folder, the first rows, the output folder.
+
+Everything wrong is told at once. Hub ids are not contacted here. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from lora_cli.errors import InputError
+from lora_cli.models.safety import check_model_folder
+from lora_cli.recipe.schema import Recipe
+from lora_cli.runtime.run_folder import OURS, RECIPE_FILE, RunFolder
+
+TINY = Path(__file__).resolve().parent / "assets" / "tiny"
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> list[str]:
+    """Check a recipe that is to be trained, and return what was checked, a line each.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    return _run_all(
+        lambda: _check_data(recipe, "train"),
+        lambda: _check_data(recipe, "eval") if recipe.data.eval is not None else None,
+        lambda: _check_model(recipe),
+        lambda: _check_output(recipe, resume=resume, overwrite=overwrite),
+    )
+
+
+def check_evaluation(target: Path, recipe: Recipe) -> list[str]:
+    """Check a run, adapter or model that is to be evaluated, and the held-out rows.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    return _run_all(
+        lambda: _check_target(target, recipe),
+        lambda: _check_data(recipe, "eval"),
+    )
+
+
+def check_merge(target: Path, output: Path, recipe: Recipe) -> list[str]:
+    """Check a run or adapter that is to be merged, and the folder it is written to.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    return _run_all(
+        lambda: _check_target(target, recipe),
+        lambda: _check_new_folder(target, output, recipe),
+    )
+
+
+def kind_of(target: Path) -> Literal["run", "adapter", "model"]:
+    """Say what a folder holds: a run of ours, a PEFT adapter, or a plain model.
+
+    Raises:
+        InputError: the folder does not exist, or is none of the three.
+    """
+    _check_name(str(target), str(target))
+    if not target.exists():
+        raise InputError(f"{target}: no such folder{_near_matches(target)}")
+    if not target.is_dir():
+        raise InputError(f"{target}: is not a folder (give a run, an adapter or a model folder)")
+    if (target / RECIPE_FILE).is_file():
+        return "run"
+    if (target / "adapter_config.json").is_file():
+        return "adapter"
+    if (target / "config.json").is_file():
+        return "model"
+    wanted = "recipe.yaml, adapter_config.json or config.json"
+    raise InputError(f"{target}: is neither a run, an adapter nor a model (there is no {wanted})")
+
+
+def _run_all(*checks: Callable[[], str | None]) -> list[str]:
+    """Run every check; one that fails does not keep the others from being told."""
+    done: list[str] = []
+    problems: list[str] = []
+    for one in checks:
+        try:
+            line = one()
+        except InputError as error:
+            problems.extend(error.lines)
+        else:
+            done.extend([line] if line else [])
+    if problems:
+        raise InputError(dict.fromkeys(problems))
+    return done
+
+
+def _check_name(place: str, name: str) -> None:
+    """Refuse names that no file can have, or that would break a line of a log."""
+    if any(character in name for character in "\0\n\r"):
+        raise InputError(f"{place!r}: {name!r} holds a NUL or a line break (use a plain name)")
+    if not name.strip():
+        raise InputError(f"{place}: the name is empty (give one)")
+    longest = max(len(os.fsencode(part)) for part in Path(name).parts)
+    if longest > 255 or len(os.fsencode(name)) > 4000:
+        raise InputError(
+            f"{place}: {name[:40]!r}... has a part of {longest} bytes (at most 255 are possible)"
+        )
+
+
+def _near_matches(path: Path) -> str:
+    """Return ` (did you mean ...?)` with the names in the parent folder that look alike, or what is missing."""
+    parent = path.expanduser().parent
+    try:
+        names = [entry.name for entry in os.scandir(parent)]
+    except OSError:
+        return f" (there is no folder {parent} either)"
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(str(path.parent / name) for name in near)}?)" if near else ""
+
+
+def _is_path(name: str) -> bool:
+    """Say whether a name can only be meant as a path, not as a hub id."""
+    return (
+        name.startswith(("./", "../", "/", "~"))
+        or name in (".", "..")
+        or name.count("/") > 1
+        or Path(name).suffix.lower() in DATA_SUFFIXES
+    )
+
+
+def _check_data(recipe: Recipe, split: Literal["train", "eval"]) -> str:
+    key, name = f"data.{split}", getattr(recipe.data, split)
+    if name is not None:
+        _check_name(recipe.at(key), name)
+        if _is_path(name) and not os.path.lexists(Path(name).expanduser()):
+            raise InputError(f"{recipe.at(key)}: {name}: no such file{_near_matches(Path(name))}")
+    from lora_cli.data.head import check_head  # imports numpy, which a wrong path need not wait for
+
+    try:
+        return check_head(recipe.data, split)
+    except InputError as error:
+        places = [
+            recipe.at(key) + line.removeprefix(key) if line.startswith(key + ":") else line
+            for line in error.lines
+        ]
+        raise InputError(places) from None
+
+
+def _check_model(recipe: Recipe) -> str:
+    base, place = recipe.model.base, recipe.at("model.base")
+    _check_name(place, base)
+    folder = TINY if base == "tiny" else Path(base).expanduser()
+    if not os.path.lexists(folder):
+        if _is_path(base) or not _HUB_ID.fullmatch(base):
+            raise InputError(f"{place}: {base}: no such folder{_near_matches(Path(base))}")
+        return f"model.base: {base}: a hub id, not checked"
+    if recipe.model.revision is not None:
+        revision = recipe.at("model.revision")
+        raise InputError(f"{revision}: {base} is a local folder, which has no revisions (remove the key)")
+    try:
+        header = check_model_folder(folder)
+    except InputError as error:
+        raise InputError([f"{place}: {line}" for line in error.lines]) from None
+    return f"model.base: {base}: {header.summary}"
+
+
+def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
+    name, place = recipe.run.output, recipe.at("run.output")
+    _check_name(place, name)
+    if os.environ.get("RANK", "0") != "0":
+        return None  # the first process may have begun to write there
+    folder = Path(name).expanduser()
+    _check_outside_base(place, folder, recipe)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"{place}: {name} is not a folder (choose another name)")
+    _check_writable(place, folder)
+    entries = sorted(os.listdir(folder)) if folder.is_dir() else []
+    others = [entry for entry in entries if entry not in OURS and not entry.startswith(".")]
+    is_run = RECIPE_FILE in entries and (not others or len(set(entries) & set(OURS)) > 1)
+    if not entries:
+        return f"run.output: {name}: new"
+    if not is_run and any(not entry.startswith(".") for entry in entries):
+        kept = ", ".join(others[:3] or entries[:3])
+        raise InputError(
+            f"{place}: {name} holds other files ({kept}) and is not a run (choose another folder)"
+        )
+    if RunFolder(folder).finished() is not None:
+        return f"run.output: {name}: holds a finished run" + (", to be overwritten" if overwrite else "")
+    if is_run and not (resume or overwrite):
+        raise InputError(
+            f"{place}: {name} holds an unfinished run (--resume goes on, --overwrite starts again)"
+        )
+    return f"run.output: {name}: {'to be overwritten' if overwrite else 'to be resumed'}"
+
+
+def _check_outside_base(place: str, folder: Path, recipe: Recipe) -> None:
+    """Refuse to write into the base model: replacing a file that is mapped into memory zeroes the model."""
+    base = TINY if recipe.model.base == "tiny" else Path(recipe.model.base).expanduser()
+    if not base.is_dir():
+        return
+    try:
+        inside = folder.resolve().is_relative_to(base.resolve())
+    except (OSError, RuntimeError):  # RuntimeError: a loop of symbolic links, on Python 3.11 and 3.12
+        raise InputError(f"{place}: {folder} is a loop of symbolic links (choose another folder)") from None
+    if inside:
+        raise InputError(f"{place}: {folder} is in the base model's folder {base} (choose another folder)")
+
+
+def _check_writable(place: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to; the nearest parent that exists decides."""
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"{place}: {existing} is not a folder (choose another one)")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{place}: {existing} is not writable (choose another folder)")
+
+
+def _check_target(target: Path, recipe: Recipe) -> str:
+    kind = kind_of(target)
+    if kind == "model":
+        return f"{target}: {check_model_folder(target).summary}"
+    if kind == "adapter" and recipe.at("model.base") == "model.base":
+        raise InputError(f"{target}: is an adapter without its run (say what it adapts: model.base=...)")
+    return f"{target}: {'a run' if kind == 'run' else 'an adapter'}; {_check_model(recipe)}"
+
+
+def _check_new_folder(target: Path, output: Path, recipe: Recipe) -> str:
+    _check_name("--output", str(output))
+    _check_outside_base("--output", output, recipe)
+    if output.resolve() == target.resolve():
+        raise InputError(f"--output: {output} is the folder that is read (choose another one)")
+    if os.path.lexists(output) and not output.is_dir():
+        raise InputError(f"--output: {output} is not a folder (choose another name)")
+    _check_writable("--output", output)
+    if output.is_dir() and os.listdir(output):
+        raise InputError(f"--output: {output} is not empty (choose another folder)")
+    return f"--output: {output}: new"
