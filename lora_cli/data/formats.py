@@ -1,9 +1,9 @@
 """One function per row format: the row as written -> `Conversation` or `Text`.
 
-`FORMATS` is the closed table of them; a new format is one function and one line there. `fields:` of the recipe
-describes any other shape by templates, `{name}` standing for a column; `{{` and `}}` are braces. Content is taken
-as written: no stripping, no added preamble. Columns that no format asks for are ignored, except those that would
-change what the model is given (`tools`, `images`, ...): these are refused.
+`FORMATS` is the closed table of them; a new format is one function and one line there. `fields:` of the
+recipe describes any other shape by templates, `{name}` standing for a column; `{{` and `}}` are braces.
+Content is taken as written: no stripping, no added preamble. Columns that no format asks for are ignored,
+except those that would change what the model is given (`tools`, `images`, ...): these are refused.
 """
 
 from __future__ import annotations
@@ -219,7 +219,8 @@ def detect(rows: Sequence[RawRow], key: str = "data.train") -> str:
     )
     raise InputError(
         f"{row.where}: no format fits {key}: columns found: {_listed(row.values)}{mixed} "
-        f"(formats are {known_columns}; for other columns write data.fields, e.g. {{prompt: '{{question}}', completion: '{{answer}}'}})"
+        f"(formats are {known_columns}; "
+        "for other columns write data.fields, e.g. {prompt: '{question}', completion: '{answer}'})"
     )
 
 

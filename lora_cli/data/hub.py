@@ -6,6 +6,7 @@ An id is `owner/name`, or `owner/name:configuration` where the data set has seve
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from lora_cli.errors import InputError
@@ -13,6 +14,7 @@ from lora_cli.errors import InputError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 
 
+@lru_cache(maxsize=4)
 def load_hub(name: str, split: str) -> Any:
     """Load one split of a hub data set as a `datasets.Dataset`.
 

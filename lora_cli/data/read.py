@@ -1,10 +1,11 @@
 """Rows that know the line they stand on, from files and from the hub.
 
 Local files never pass through the `datasets` library: it infers one type per column from the first rows and
-fails far from the row that differs, and importing it takes longer than reading most files. Hub data sets do; a
-hub id always has an owner (`owner/name`), so that no name can select one of that library's file builders.
+fails far from the row that differs, and importing it takes longer than reading most files. Hub data sets do;
+a hub id always has an owner (`owner/name`), so that no name can select one of that library's file builders.
 
-A fault of the file raises at once. A fault of one row goes to `Faults`, so that the first five are told together.
+A fault of the file raises at once. A fault of one row goes to `Faults`, so that the first five are told
+together.
 """
 
 from __future__ import annotations

@@ -1,0 +1,133 @@
+"""Tokens with a meaning of their own: which exist, which one ends an answer, which one pads.
+
+The terminator of an answer is not guessed from the tokenizer's configuration: the chat template is rendered
+with a known conversation, and the first control token that it writes after the answer is the one a model must
+learn to write and generation must stop at. It often differs from the end token (`<|im_end|>` against
+`<|endoftext|>`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from lora_cli.errors import InputError
+
+Chat = list[dict[str, str]]
+
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+"""What a template can raise while it is rendered: Jinja's own errors, and Python's from its expressions."""
+
+_PAD = (r"pad", r"reserved", r"unk")
+_PROBE: Chat = [
+    {"role": "user", "content": "First probe of lora-cli."},
+    {"role": "assistant", "content": "First reply of lora-cli."},
+    {"role": "user", "content": "Second probe of lora-cli."},
+    {"role": "assistant", "content": "Second reply of lora-cli."},
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Terminators:
+    """Control tokens that a chat template writes after an answer; `middle`: where another turn follows."""
+
+    last: str
+    middle: str | None
+
+
+def any_of(strings: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of `strings`, a longer one before one that it contains."""
+    longest_first = sorted(strings, key=len, reverse=True)
+    return re.compile("|".join(re.escape(string) for string in longest_first) or r"(?!)")
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Return text -> id of the tokenizer's special tokens."""
+    return {token.content: int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def apply_template(tokenizer: Any, chats: Sequence[Chat], *, generation_prompt: bool) -> list[str]:
+    """Render conversations by the tokenizer's chat template, in transformers' own sandbox.
+
+    Raises:
+        TEMPLATE_ERRORS: if the template refuses one of them.
+    """
+    if not chats:
+        return []
+    return list(
+        tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=generation_prompt)
+    )
+
+
+def find_terminators(tokenizer: Any) -> Terminators:
+    """Find what the chat template writes at the end of an answer.
+
+    Raises:
+        InputError: if the template fails, does not write the turns in order, or writes no control token after
+            the answer.
+    """
+    try:
+        (text,) = apply_template(tokenizer, [_PROBE], generation_prompt=False)
+    except TEMPLATE_ERRORS as error:
+        raise InputError(f"model.base: the chat template fails: {error} (use data.template plain)") from error
+    places = [text.find(message["content"]) for message in _PROBE]
+    if -1 in places or places != sorted(places):
+        raise InputError(
+            "model.base: the chat template does not write the turns in order (use data.template plain)"
+        )
+    ends = [place + len(message["content"]) for place, message in zip(places, _PROBE, strict=True)]
+    last = _first_control(tokenizer, text[ends[3] :])
+    if last is None:
+        raise InputError(
+            "model.base: the chat template writes no control token after an assistant turn, so the model "
+            "could not learn to stop (use data.template plain, or another template)"
+        )
+    middle = _first_control(tokenizer, text[ends[1] : places[2]])
+    if middle != last and middle is not None and middle in text[: places[0]]:
+        middle = None  # it opens the next user turn, as it opened the first
+    return Terminators(last, middle)
+
+
+def _first_control(tokenizer: Any, text: str) -> str | None:
+    """Return the first special token in `text`; where there is none, the first of the other added tokens."""
+    for candidates in (special_tokens(tokenizer), tokenizer.get_added_vocab()):
+        found = any_of(candidates).search(text)
+        if found:
+            return found.group()
+    return None
+
+
+def settle_special_tokens(tokenizer: Any, template: str) -> tuple[int, tuple[int, ...]]:
+    """Return the padding token, and the tokens that end an answer (the end token first); changes nothing.
+
+    Labels never depend on the padding token: only positions beyond a row's length are masked. So where
+    nothing better exists the end token pads, and an end token inside a row is trained all the same.
+
+    Raises:
+        InputError: if the tokenizer has no end token, or the template (`model`) writes no terminator.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise InputError(
+            "model.base: the tokenizer has no end token (eos_token): a model could not learn to stop"
+        )
+    stops = [int(eos)]
+    if template == "model":
+        found = find_terminators(tokenizer)
+        for text in (found.last, found.middle):
+            if text is not None:
+                stops.append(int(tokenizer.convert_tokens_to_ids(text)))
+    stop_ids = tuple(dict.fromkeys(stops))
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id), stop_ids
+    used = {*stop_ids, tokenizer.bos_token_id}
+    free = {text: i for text, i in special_tokens(tokenizer).items() if i not in used}
+    for word in _PAD:
+        for text, i in free.items():
+            if re.search(rf"(?<![a-z]){word}", text, re.IGNORECASE):
+                return i, stop_ids
+    return int(eos), stop_ids

@@ -1,0 +1,297 @@
+"""Stage 1: rows -> conversations -> text -> tokens and trained mask -> a fingerprinted, memory-mapped data set.
+
+The main process tokenizes a split, unless a cache of the same content exists; the others wait and open it.
+Rows are streamed in chunks, so memory does not grow with the file. Bad rows stop the stage with the first
+five of them named, and leave no cache behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from lora_cli.data.cache import CacheWriter, TokenCache, cache_root, fingerprint
+from lora_cli.data.faults import Faults
+from lora_cli.data.formats import choose_format
+from lora_cli.data.head import HEAD_ROWS, split_source
+from lora_cli.data.hub import load_hub
+from lora_cli.data.read import RawRow, Source
+from lora_cli.data.render import Renderer, choose_template
+from lora_cli.data.special import settle_special_tokens
+from lora_cli.data.tokens import Encoder, backend_json
+from lora_cli.errors import InputError
+from lora_cli.recipe.schema import Data
+from lora_cli.types import Example, Prepared, Row, SplitCounts
+
+CHUNK_ROWS = 512
+"""Rows rendered and encoded together: enough for the tokenizer to use all cores, little enough to hold in memory."""
+
+Split = Literal["train", "eval"]
+
+
+class Processes(Protocol):
+    """What this stage needs to know of the runtime."""
+
+    @property
+    def is_main(self) -> bool: ...
+    def barrier(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One split to prepare."""
+
+    split: Split
+    source: Source
+    format: str
+    read: Callable[[RawRow], Row]
+    max_rows: int | None
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What becomes of the rows while they pass."""
+
+    rows: int = 0
+    kept: int = 0
+    truncated: int = 0
+    too_long: int = 0
+    untrained: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    lost_trained_tokens: int = 0
+    longest: int = 0
+
+    def counts(self) -> SplitCounts:
+        return SplitCounts(
+            rows=self.rows,
+            kept=self.kept,
+            dropped=self.too_long + self.untrained,
+            truncated=self.truncated,
+            tokens=self.tokens,
+            trained_tokens=self.trained_tokens,
+            lost_trained_tokens=self.lost_trained_tokens,
+        )
+
+
+def run(
+    data: Data,
+    train_on: str,
+    tokenizer: Any,
+    rt: Processes,
+    log: Callable[[str], None],
+    *,
+    need_train: bool = True,
+) -> Prepared:
+    """Prepare the recipe's splits; without `need_train` only the held-out one.
+
+    `tokenizer` is a transformers fast tokenizer, left as it is; `log` receives one line per split.
+
+    Raises:
+        InputError: if a split is needed and not set, cannot be read, has bad rows, or none that can be trained on.
+        ResourceError: if the cache does not fit on the disk.
+    """
+    jobs = _find_jobs(data, need_train=need_train)
+    # Text rows are never templated, so for them a template without terminator is no fault.
+    templated = any(job.format != "text" for job in jobs)
+    template = choose_template(tokenizer, data.template) if templated else "plain"
+    pad_id, stop_ids = settle_special_tokens(tokenizer, template)
+    worker = _Worker(data, train_on, tokenizer, template)
+    folders = {job.split: worker.folder(job) for job in jobs}
+    if rt.is_main:
+        for job in jobs:
+            worker.ensure(job, log)
+    rt.barrier()
+    opened = {split: _open(folder) for split, folder in folders.items()}
+    return Prepared(
+        train=opened.get("train"),
+        eval=opened.get("eval"),
+        tokenizer=tokenizer,
+        pad_id=pad_id,
+        stop_ids=stop_ids,
+        format=jobs[0].format,
+        template=template,
+        counts={split: _Tally(**cache.meta["tally"]).counts() for split, cache in opened.items()},
+    )
+
+
+def _find_jobs(data: Data, *, need_train: bool) -> list[_Job]:
+    jobs: list[_Job] = []
+    splits: tuple[Split, ...] = ("train", "eval") if need_train else ("eval",)
+    for split in splits:
+        source = split_source(data, split)
+        if source is None:
+            if split == splits[0]:
+                raise InputError(f"data.{split}: not set (name a file or a hub data set)")
+            continue
+        faults = Faults(source.name)
+        head = list(islice(source.rows(faults), HEAD_ROWS))
+        if not head:
+            faults.raise_if_any()
+        name, read = choose_format(data, head, f"data.{split}")
+        jobs.append(
+            _Job(split, source, name, read, data.max_train_rows if split == "train" else data.max_eval_rows)
+        )
+    return jobs
+
+
+def _open(folder: Path) -> TokenCache:
+    try:
+        return TokenCache(folder, verify=False)
+    except ValueError as error:
+        raise InputError(f"{folder}: the token cache disappeared while it was used (start again)") from error
+
+
+@dataclass(slots=True)
+class _Worker:
+    """The settings that all splits share."""
+
+    data: Data
+    train_on: str
+    tokenizer: Any
+    template: str
+    _tokenizer_parts: dict[str, str] = field(default_factory=dict)
+    _names: dict[Split, str] = field(default_factory=dict)
+
+    def name(self, job: _Job) -> str:
+        """Return the fingerprint of all that decides the split's tokens."""
+        if not self._tokenizer_parts:
+            self._tokenizer_parts = {
+                "tokenizer": hashlib.sha256(backend_json(self.tokenizer).encode()).hexdigest(),
+                "special tokens": repr(sorted(self.tokenizer.special_tokens_map.items())),
+                "chat template": repr(self.tokenizer.chat_template),
+            }
+        if job.split not in self._names:
+            self._names[job.split] = fingerprint(
+                self._tokenizer_parts
+                | {
+                    "data": _content(job.source),
+                    "format": f"{job.format} {self.data.fields!r}",
+                    "template": f"{self.template} {self.train_on}",
+                    "length": f"{self.data.max_length} {self.data.overlong}",
+                    "rows": repr(job.max_rows),
+                }
+            )
+        return self._names[job.split]
+
+    def folder(self, job: _Job) -> Path:
+        """Return where the split's cache is or will be."""
+        return cache_root() / self.name(job)[:32]
+
+    def ensure(self, job: _Job, log: Callable[[str], None]) -> None:
+        """Build the split's cache unless a sound one is there, and log what it holds."""
+        began = time.monotonic()
+        folder = self.folder(job)
+        try:
+            cache, origin = TokenCache(folder, verify=True), "cached"
+        except ValueError:
+            self._build(job, folder)
+            cache, origin = _open(folder), f"{time.monotonic() - began:.1f} s"
+        log(self._line(job, _Tally(**cache.meta["tally"]), origin))
+
+    def _build(self, job: _Job, folder: Path) -> None:
+        tally = _Tally()
+        faults = Faults(job.source.name)
+        before = _state(job.source)
+        with CacheWriter(folder, self.name(job)) as writer:
+            for raw, example in self._examples(job, faults):
+                kept = self._fit(example, raw, tally, faults)
+                if kept is not None:
+                    writer.add(kept, raw.number)
+            faults.raise_if_any()
+            if _state(job.source) != before:
+                raise InputError(f"{job.source.name}: changed while it was read (start again)")
+            if not tally.kept:
+                raise InputError(self._nothing_left(job, tally))
+            writer.publish({"tally": asdict(tally)})
+
+    def _examples(self, job: _Job, faults: Faults) -> Iterator[tuple[RawRow, Example]]:
+        renderer = Renderer(self.tokenizer, self.template, self.train_on)
+        encoder = Encoder(self.tokenizer, renderer.controls)
+        raw_rows = islice(job.source.rows(faults), job.max_rows)
+        while chunk := list(islice(raw_rows, CHUNK_ROWS)):
+            pairs: list[tuple[RawRow, Row]] = []
+            for raw in chunk:
+                try:
+                    pairs.append((raw, job.read(raw)))
+                except InputError as fault:
+                    faults.add(fault)
+            rendered = renderer.render([row for _, row in pairs], faults)
+            good = [(raw, text) for (raw, _), text in zip(pairs, rendered, strict=True) if text is not None]
+            yield from zip((raw for raw, _ in good), encoder.encode([text for _, text in good]), strict=True)
+
+    def _fit(self, example: Example, raw: RawRow, tally: _Tally, faults: Faults) -> Example | None:
+        """Apply max_length; None for a row that is left out."""
+        length, limit = len(example.input_ids), self.data.max_length
+        targets = int(example.trained.sum())
+        tally.rows += 1
+        tally.longest = max(tally.longest, length)
+        if length > limit:
+            if self.data.overlong == "error":
+                faults.add(
+                    f"{raw.where}: {length} tokens are more than data.max_length {limit} (data.overlong is error)"
+                )
+                return None
+            if self.data.overlong == "drop":
+                tally.too_long += 1
+                tally.lost_trained_tokens += targets
+                return None
+            example = Example(example.input_ids[:limit], example.trained[:limit])
+            left = int(example.trained.sum())
+            tally.lost_trained_tokens += targets - left
+            tally.truncated += left > 0
+            targets = left
+        if not targets:
+            tally.untrained += 1
+            return None
+        tally.kept += 1
+        tally.tokens += len(example.input_ids)
+        tally.trained_tokens += targets
+        return example
+
+    def _nothing_left(self, job: _Job, tally: _Tally) -> str:
+        if tally.longest > self.data.max_length:
+            return (
+                f"data.{job.split}: {job.source.name}: none of {tally.rows} rows has a trained token within "
+                f"data.max_length {self.data.max_length}: the longest has {tally.longest} tokens (raise data.max_length)"
+            )
+        return f"data.{job.split}: {job.source.name}: none of {tally.rows} rows has a token to train"
+
+    def _line(self, job: _Job, tally: _Tally, origin: str) -> str:
+        detected = " (detected)" if self.data.format == "auto" and self.data.fields is None else ""
+        template = "untemplated" if job.format == "text" else f"template {self.template}"
+        parts = [f"{tally.kept:,} of {tally.rows:,} rows kept"]
+        if tally.too_long:
+            parts.append(f"{tally.too_long:,} dropped (longer than {self.data.max_length} tokens)")
+        if tally.untrained:
+            parts.append(f"{tally.untrained:,} dropped (nothing to train)")
+        if tally.truncated:
+            parts.append(f"{tally.truncated:,} truncated to {self.data.max_length} tokens")
+        parts.append(f"{tally.tokens:,} tokens, {tally.trained_tokens:,} trained")
+        if tally.lost_trained_tokens:
+            parts.append(f"{tally.lost_trained_tokens:,} trained tokens lost")
+        name = job.source.path.name if job.source.path else job.source.name
+        return f"data.{job.split}: {name}: {job.format}{detected}, {template}: {', '.join(parts)}; {origin}"
+
+
+def _content(source: Source) -> str:
+    """Return what identifies the source's content."""
+    if source.path is None:
+        return f"{source.name} {source.split} {load_hub(source.name, source.split)._fingerprint}"
+    try:
+        with source.path.open("rb") as file:
+            return f"{source.path.suffix.lower()} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise InputError(f"{source.name}: cannot be read: {error.strerror or error}") from error
+
+
+def _state(source: Source) -> tuple[int, int] | None:
+    if source.path is None:
+        return None
+    stat = source.path.stat()
+    return stat.st_size, stat.st_mtime_ns
