@@ -143,7 +143,7 @@ class CacheWriter:
             (self._hidden / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
             _seal(self._hidden / "meta.json")
             _sync_folder(self._hidden)
-            # Whoever finds a folder here has found a damaged one, or one that another process has just published.
+            # A folder that is already here is damaged, or another process has just published the same.
             shutil.rmtree(self._folder, ignore_errors=True)
             try:
                 self._hidden.rename(self._folder)

@@ -30,11 +30,15 @@ from lora_cli.data.special import (
     Terminators,
     any_of,
     apply_template,
+    choose_template,
     find_terminators,
+    settle_special_tokens,
     special_tokens,
 )
 from lora_cli.errors import InputError
 from lora_cli.types import Conversation, Row, Text
+
+__all__ = ["BREAK", "Rendered", "Renderer", "Span", "choose_template", "settle_special_tokens"]
 
 BREAK = "\ufdd2"
 """Unicode noncharacter: no text holds it, and no template or tokenizer treats it specially."""
@@ -47,7 +51,7 @@ Span = tuple[int, int]
 class Rendered:
     """A row's text; `spans` are its trained characters [start, end) in order.
 
-    `add_bos`: the begin token goes before it, if the tokenizer adds one by itself (a template writes its own).
+    `add_bos`: the begin token goes first, if the tokenizer adds one by itself (a template writes its own).
     `broken`: user-typed control tokens in `text` hold a `BREAK`.
     """
 
@@ -56,20 +60,6 @@ class Rendered:
     add_bos: bool
     broken: bool
     where: str
-
-
-def choose_template(tokenizer: Any, wanted: str) -> str:
-    """Return `model` or `plain` for the recipe's data.template.
-
-    Raises:
-        InputError: if `model` is wanted and the tokenizer has no chat template.
-    """
-    has_template = bool(tokenizer.chat_template)
-    if wanted == "model" and not has_template:
-        raise InputError("data.template: the model's tokenizer has no chat template (use plain)")
-    if wanted == "auto":
-        return "model" if has_template else "plain"
-    return wanted
 
 
 class Renderer:
@@ -214,7 +204,8 @@ def _turn_span(
     if not text.startswith(head):
         raise InputError(
             f"turn {turn + 1}: the chat template renders what stands before this answer otherwise than "
-            "the prompt for it, so training would not match inference (use data.template plain, or another template)"
+            "the prompt for it, so training would not match inference (use data.template plain, or another "
+            "template)"
         )
     start = len(head)
     is_last = turn == len(chat) - 1

@@ -101,14 +101,29 @@ def _first_control(tokenizer: Any, text: str) -> str | None:
     return None
 
 
+def choose_template(tokenizer: Any, wanted: str) -> str:
+    """Return `model` or `plain` for the recipe's data.template.
+
+    Raises:
+        InputError: if `model` is wanted and the tokenizer has no chat template.
+    """
+    has_template = bool(tokenizer.chat_template)
+    if wanted == "model" and not has_template:
+        raise InputError("data.template: the model's tokenizer has no chat template (use plain)")
+    if wanted == "auto":
+        return "model" if has_template else "plain"
+    return wanted
+
+
 def settle_special_tokens(tokenizer: Any, template: str) -> tuple[int, tuple[int, ...]]:
     """Return the padding token, and the tokens that end an answer (the end token first); changes nothing.
 
-    Labels never depend on the padding token: only positions beyond a row's length are masked. So where
-    nothing better exists the end token pads, and an end token inside a row is trained all the same.
+    `template` is the recipe's data.template, or what it was settled to. Labels never depend on the padding
+    token: only positions beyond a row's length are masked. So where nothing better exists the end token pads, and an end
+    token inside a row is trained all the same.
 
     Raises:
-        InputError: if the tokenizer has no end token, or the template (`model`) writes no terminator.
+        InputError: if the tokenizer has no end token, or its template is used and writes no terminator.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -116,7 +131,7 @@ def settle_special_tokens(tokenizer: Any, template: str) -> tuple[int, tuple[int
             "model.base: the tokenizer has no end token (eos_token): a model could not learn to stop"
         )
     stops = [int(eos)]
-    if template == "model":
+    if choose_template(tokenizer, template) == "model":
         found = find_terminators(tokenizer)
         for text in (found.last, found.middle):
             if text is not None:

@@ -1,4 +1,4 @@
-"""Stage 1: rows -> conversations -> text -> tokens and trained mask -> a fingerprinted, memory-mapped data set.
+"""Stage 1: rows -> conversations -> text -> tokens and trained mask -> a memory-mapped data set.
 
 The main process tokenizes a split, unless a cache of the same content exists; the others wait and open it.
 Rows are streamed in chunks, so memory does not grow with the file. Bad rows stop the stage with the first
@@ -17,19 +17,19 @@ from typing import Any, Literal, Protocol
 
 from lora_cli.data.cache import CacheWriter, TokenCache, cache_root, fingerprint
 from lora_cli.data.faults import Faults
+from lora_cli.data.fit import Tally, fit
 from lora_cli.data.formats import choose_format
 from lora_cli.data.head import HEAD_ROWS, split_source
 from lora_cli.data.hub import load_hub
 from lora_cli.data.read import RawRow, Source
-from lora_cli.data.render import Renderer, choose_template
-from lora_cli.data.special import settle_special_tokens
+from lora_cli.data.render import Renderer, choose_template, settle_special_tokens
 from lora_cli.data.tokens import Encoder, backend_json
 from lora_cli.errors import InputError
 from lora_cli.recipe.schema import Data
-from lora_cli.types import Example, Prepared, Row, SplitCounts
+from lora_cli.types import Example, Prepared, Row
 
 CHUNK_ROWS = 512
-"""Rows rendered and encoded together: enough for the tokenizer to use all cores, little enough to hold in memory."""
+"""Rows rendered and encoded together: enough to keep all cores busy, few enough to hold in memory."""
 
 Split = Literal["train", "eval"]
 
@@ -53,32 +53,6 @@ class _Job:
     max_rows: int | None
 
 
-@dataclass(slots=True)
-class _Tally:
-    """What becomes of the rows while they pass."""
-
-    rows: int = 0
-    kept: int = 0
-    truncated: int = 0
-    too_long: int = 0
-    untrained: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    lost_trained_tokens: int = 0
-    longest: int = 0
-
-    def counts(self) -> SplitCounts:
-        return SplitCounts(
-            rows=self.rows,
-            kept=self.kept,
-            dropped=self.too_long + self.untrained,
-            truncated=self.truncated,
-            tokens=self.tokens,
-            trained_tokens=self.trained_tokens,
-            lost_trained_tokens=self.lost_trained_tokens,
-        )
-
-
 def run(
     data: Data,
     train_on: str,
@@ -93,7 +67,7 @@ def run(
     `tokenizer` is a transformers fast tokenizer, left as it is; `log` receives one line per split.
 
     Raises:
-        InputError: if a split is needed and not set, cannot be read, has bad rows, or none that can be trained on.
+        InputError: if a split that is needed is not set, cannot be read, has bad rows, or none to train on.
         ResourceError: if the cache does not fit on the disk.
     """
     jobs = _find_jobs(data, need_train=need_train)
@@ -116,7 +90,7 @@ def run(
         stop_ids=stop_ids,
         format=jobs[0].format,
         template=template,
-        counts={split: _Tally(**cache.meta["tally"]).counts() for split, cache in opened.items()},
+        counts={split: Tally(**cache.meta["tally"]).counts() for split, cache in opened.items()},
     )
 
 
@@ -192,15 +166,15 @@ class _Worker:
         except ValueError:
             self._build(job, folder)
             cache, origin = _open(folder), f"{time.monotonic() - began:.1f} s"
-        log(self._line(job, _Tally(**cache.meta["tally"]), origin))
+        log(self._line(job, Tally(**cache.meta["tally"]), origin))
 
     def _build(self, job: _Job, folder: Path) -> None:
-        tally = _Tally()
+        tally = Tally()
         faults = Faults(job.source.name)
         before = _state(job.source)
         with CacheWriter(folder, self.name(job)) as writer:
             for raw, example in self._examples(job, faults):
-                kept = self._fit(example, raw, tally, faults)
+                kept = fit(example, raw.where, self.data, tally, faults)
                 if kept is not None:
                     writer.add(kept, raw.number)
             faults.raise_if_any()
@@ -225,44 +199,18 @@ class _Worker:
             good = [(raw, text) for (raw, _), text in zip(pairs, rendered, strict=True) if text is not None]
             yield from zip((raw for raw, _ in good), encoder.encode([text for _, text in good]), strict=True)
 
-    def _fit(self, example: Example, raw: RawRow, tally: _Tally, faults: Faults) -> Example | None:
-        """Apply max_length; None for a row that is left out."""
-        length, limit = len(example.input_ids), self.data.max_length
-        targets = int(example.trained.sum())
-        tally.rows += 1
-        tally.longest = max(tally.longest, length)
-        if length > limit:
-            if self.data.overlong == "error":
-                faults.add(
-                    f"{raw.where}: {length} tokens are more than data.max_length {limit} (data.overlong is error)"
-                )
-                return None
-            if self.data.overlong == "drop":
-                tally.too_long += 1
-                tally.lost_trained_tokens += targets
-                return None
-            example = Example(example.input_ids[:limit], example.trained[:limit])
-            left = int(example.trained.sum())
-            tally.lost_trained_tokens += targets - left
-            tally.truncated += left > 0
-            targets = left
-        if not targets:
-            tally.untrained += 1
-            return None
-        tally.kept += 1
-        tally.tokens += len(example.input_ids)
-        tally.trained_tokens += targets
-        return example
-
-    def _nothing_left(self, job: _Job, tally: _Tally) -> str:
+    def _nothing_left(self, job: _Job, tally: Tally) -> str:
         if tally.longest > self.data.max_length:
+            remedy = (
+                "raise it" if self.data.overlong == "truncate" else "raise it, or let data.overlong truncate"
+            )
             return (
-                f"data.{job.split}: {job.source.name}: none of {tally.rows} rows has a trained token within "
-                f"data.max_length {self.data.max_length}: the longest has {tally.longest} tokens (raise data.max_length)"
+                f"data.{job.split}: {job.source.name}: none of {tally.rows} rows can be used with data.max_length "
+                f"{self.data.max_length}: the longest has {tally.longest} tokens ({remedy})"
             )
         return f"data.{job.split}: {job.source.name}: none of {tally.rows} rows has a token to train"
 
-    def _line(self, job: _Job, tally: _Tally, origin: str) -> str:
+    def _line(self, job: _Job, tally: Tally, origin: str) -> str:
         detected = " (detected)" if self.data.format == "auto" and self.data.fields is None else ""
         template = "untemplated" if job.format == "text" else f"template {self.template}"
         parts = [f"{tally.kept:,} of {tally.rows:,} rows kept"]
