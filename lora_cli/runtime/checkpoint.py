@@ -1,0 +1,95 @@
+"""Training state on disk: what a run needs to continue as if it had not been stopped.
+
+    checkpoints/step-40/
+      state.json              counts and the best held-out loss; the step is all the randomness there is
+      optimizer.safetensors   float32 masters and moments
+      method.safetensors      what the adapter method keeps besides
+      manifest.json           size and sha256 of each
+
+The newest checkpoint is the one with the highest step that verifies, never the one with the latest time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_cli.errors import InputError
+from lora_cli.publish import published, sweep, verify
+from lora_cli.runtime.optim import MasterAdamW
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class State:
+    """Where training stands; `seconds` is the time spent in steps, without evaluation and saving."""
+
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+    evaluations_since_best: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run; `keep` newest ones stay, and the best one by held-out loss."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Return the steps there are checkpoints of, newest first."""
+        names = [_NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
+        return sorted((int(name[1]) for name in names if name), reverse=True)
+
+    def save(
+        self, state: State, optimizer: MasterAdamW, method_state: dict[str, Tensor], facts: dict[str, Any]
+    ) -> None:
+        """Write a checkpoint of `state.step`, then delete what is older than the newest ones, except the best."""
+        sweep(self.folder)
+        target = self.folder / f"step-{state.step}"
+        with published(target, replace=True, facts={"step": state.step, **facts}) as staging:
+            (staging / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+            _save_tensors(optimizer.state_dict(), staging / "optimizer.safetensors")
+            _save_tensors(method_state, staging / "method.safetensors")
+        for step in self.steps()[self.keep :]:
+            if step != state.best_step:
+                shutil.rmtree(self.folder / f"step-{step}")
+
+    def newest(self, warn: Callable[[str], None]) -> int | None:
+        """Return the step of the newest checkpoint that verifies; a damaged one is reported and passed over."""
+        for step in self.steps():
+            try:
+                verify(self.folder / f"step-{step}")
+            except InputError as error:
+                warn(f"checkpoint passed over: {error}")
+                continue
+            return step
+        return None
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """Return the manifest of a checkpoint after verifying it."""
+        return verify(self.folder / f"step-{step}")
+
+    def load(self, step: int, optimizer: MasterAdamW) -> tuple[State, dict[str, Tensor]]:
+        """Restore the optimizer and the trained weights; return the state and the method's tensors."""
+        folder = self.folder / f"step-{step}"
+        state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
+        return state, load_file(folder / "method.safetensors")
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

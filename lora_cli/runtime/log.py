@@ -1,0 +1,120 @@
+"""What the user sees while a run goes on, and metrics.jsonl.
+
+On a terminal a progress line is kept alive under the messages; elsewhere every message is a plain line. Only the main
+process speaks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Log:
+    """Messages on stdout, and metric lines in the run folder once it exists."""
+
+    def __init__(self, *, speaks: bool) -> None:
+        self.speaks = speaks
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._metrics: IO[str] | None = None
+
+    def line(self, text: str) -> None:
+        """Print one message."""
+        if self.speaks:
+            self.console.print(text, markup=False)
+
+    def table(self, table: Table) -> None:
+        """Print a table."""
+        if self.speaks:
+            self.console.print(table)
+
+    def open_metrics(self, folder: Path, *, keep_steps: int) -> None:
+        """Open metrics.jsonl for appending after dropping the lines of steps beyond `keep_steps`."""
+        if not self.speaks:
+            return
+        path = folder / METRICS_FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= keep_steps] if keep_steps else []
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._metrics = path.open("a", encoding="utf-8")
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.flush()
+
+    def start_progress(self, total: int, done: int, unit: str = "step") -> None:
+        """Show a progress line, on a terminal."""
+        if not (self.speaks and self.console.is_terminal):
+            return
+        self._progress = Progress(
+            TextColumn(unit),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[status]}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(unit, total=total, completed=done, status="")
+        self._progress.start()
+
+    def advance(self, done: int, status: str) -> None:
+        """Move the progress line to `done` and show `status` in it."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, status=status)
+
+    def stop_progress(self) -> None:
+        """Remove the progress line."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.stop_progress()
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Stopwatch:
+    """Seconds since it was made or last asked, by a clock that never runs backwards."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap, and start the next."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize  # a line cut short by a crash is not kept

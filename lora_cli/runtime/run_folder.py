@@ -1,0 +1,66 @@
+"""The folder a run leaves behind: who owns it, what stands in it, and the summary.
+
+    recipe.yaml  metrics.jsonl  generations.jsonl  checkpoints/  adapter/  merged/  summary.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lora_cli.publish import sweep, write_json
+
+RECIPE_FILE = "recipe.yaml"
+SUMMARY_FILE = "summary.json"
+CHECKPOINTS = "checkpoints"
+OURS = (
+    RECIPE_FILE,
+    SUMMARY_FILE,
+    "metrics.jsonl",
+    "generations.jsonl",
+    CHECKPOINTS,
+    "adapter",
+    "merged",
+    "lora-cli-error.log",
+)
+"""All that a run writes; nothing else in the folder is ever touched."""
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the summary of a run that was completed here, or None."""
+        try:
+            summary: dict[str, Any] = json.loads((self.path / SUMMARY_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return summary if summary.get("status") == "done" else None
+
+    def begin(self, recipe_text: str, *, fresh: bool) -> None:
+        """Make the folder and write the resolved recipe; with `fresh` remove what an earlier run wrote."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        sweep(self.path)
+        if fresh:
+            self._remove(OURS)
+        else:
+            # What comes after training is written anew; the checkpoints are what a resumed run needs.
+            self._remove((SUMMARY_FILE, "generations.jsonl", "adapter", "merged"))
+        (self.path / RECIPE_FILE).write_text(recipe_text, encoding="utf-8")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json by one rename."""
+        write_json(self.path / SUMMARY_FILE, summary)
+
+    def _remove(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""Stage 4: score the base and the tuned model on the same held-out rows, and show them side by side.
+
+    loss             mean negative log-likelihood per trained token (not a mean of batch means); perplexity = exp(loss)
+    token_accuracy   part of the trained tokens that were the most likely one
+    exact_match      part of the rows whose last answer, generated greedily from the row's own prompt, is the reference
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from lora_cli.models.adapted import AdaptedModel
+from lora_cli.objectives import Objective
+from lora_cli.objectives._heldout import heldout_sums
+from lora_cli.recipe.schema import Evaluate
+from lora_cli.runtime.dist import Runtime
+from lora_cli.runtime.log import Log
+from lora_cli.types import Evaluated, Example, Examples, Prepared, Scores
+
+BATCH_TOKENS = {"cpu": 16384, "cuda": 65536}
+GENERATIONS_FILE = "generations.jsonl"
+
+
+def run(
+    settings: Evaluate,
+    model: AdaptedModel,
+    objective: Objective,
+    prepared: Prepared,
+    *,
+    rt: Runtime,
+    log: Log,
+    folder: Path | None = None,
+    with_base: bool = True,
+) -> Evaluated:
+    """Return the scores of the base and of the tuned model; generated answers go to `folder`, where one is given.
+
+    Without held-out rows both are empty. With `with_base` false (a plain model, no adapter) only `tuned` is filled.
+    """
+    if prepared.eval is None:
+        return Evaluated({}, {})
+    automatic = BATCH_TOKENS[rt.device.type]
+    tokens = automatic if settings.batch_tokens == "auto" else settings.batch_tokens
+    scorer = _Scorer(settings, model, objective, prepared, prepared.eval, tokens, rt, log)
+    base: Scores = {}
+    base_answers: list[str] = []
+    if with_base:
+        with model.reference():
+            base, base_answers = scorer.score("base")
+    tuned, tuned_answers = scorer.score("tuned")
+    if folder is not None and rt.is_main and tuned_answers:
+        scorer.write_generations(folder / GENERATIONS_FILE, base_answers, tuned_answers)
+    log.table(_table(base, tuned))
+    return Evaluated(base, tuned)
+
+
+def split_answer(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens before the row's last trained run, and that run: prompt (P,) and answer (A,)."""
+    (trained,) = np.nonzero(example.trained)
+    last = trained[-1]
+    untrained_before = np.nonzero(~example.trained[: last + 1])[0]
+    first = untrained_before[-1] + 1 if len(untrained_before) else 0
+    return example.input_ids[:first], example.input_ids[first : last + 1]
+
+
+class _Scorer:
+    """Scores one state of the model after another on the same rows."""
+
+    def __init__(
+        self,
+        settings: Evaluate,
+        model: AdaptedModel,
+        objective: Objective,
+        prepared: Prepared,
+        examples: Examples,
+        tokens: int,
+        rt: Runtime,
+        log: Log,
+    ) -> None:
+        self.settings, self.model, self.objective, self.prepared = settings, model, objective, prepared
+        self.examples, self.tokens, self.rt, self.log = examples, tokens, rt, log
+        self.generated: list[tuple[int, np.ndarray, str]] = []
+        self.max_new_tokens = 1
+        if "exact_match" in settings.metrics:
+            self._choose_rows()
+
+    def _choose_rows(self) -> None:
+        limit = self.settings.max_generated_rows or len(self.examples)
+        for row in range(min(limit, len(self.examples))):
+            prompt, answer = split_answer(self.examples[row])
+            if len(prompt) == 0:
+                continue  # a plain text row has no prompt to answer
+            self.generated.append((row, prompt, self._text(answer)))
+            self.max_new_tokens = max(self.max_new_tokens, len(answer))
+        if self.settings.max_new_tokens != "auto":
+            self.max_new_tokens = self.settings.max_new_tokens
+
+    def score(self, name: str) -> tuple[Scores, list[str]]:
+        """Return the scores of the model as it is now, and the generated answers in the order of `generated`."""
+        scores: Scores = {}
+        if "loss" in self.settings.metrics:
+            scores |= self._loss(name)
+        if not self.generated:
+            return scores, []
+        with self.model.evaluating():
+            answers = self._generate(name)
+        right = sum(answer == reference for answer, (_, _, reference) in zip(answers, self.generated, strict=True))
+        scores["exact_match"] = right / len(self.generated)
+        return scores, answers
+
+    def write_generations(self, path: Path, base: list[str], tuned: list[str]) -> None:
+        """Write prompt, reference and answers of each generated row as JSON lines."""
+        with path.open("w", encoding="utf-8") as file:
+            for index, (row, prompt, reference) in enumerate(self.generated):
+                line = {
+                    "row": row,
+                    "prompt": self.prepared.tokenizer.decode(prompt.tolist()),
+                    "reference": reference,
+                    "base": base[index] if base else None,
+                    "tuned": tuned[index],
+                    "match": tuned[index] == reference,
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _loss(self, name: str) -> Scores:
+        self.log.start_progress(len(self.examples), 0, f"loss of {name}")
+        sums = heldout_sums(
+            self.objective,
+            self.model,
+            self.examples,
+            rank=self.rt.rank,
+            world_size=self.rt.world_size,
+            tokens=self.tokens,
+        )
+        self.log.stop_progress()
+        loss_sum, units, correct = self.rt.sum([sums["loss"], sums["units"], sums.get("correct", 0.0)])
+        loss = loss_sum / max(units, 1.0)
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "token_accuracy": correct / max(units, 1.0),
+        }
+
+    def _generate(self, name: str) -> list[str]:
+        # Each process fills its rows with token + 1 and leaves 0 elsewhere, so that a sum gathers them.
+        tokens = torch.zeros(len(self.generated), self.max_new_tokens, dtype=torch.int64, device=self.rt.device)
+        # Rows of similar prompt length share a batch, so that little of it is padding.
+        todo = sorted(range(len(self.generated)), key=lambda index: -len(self.generated[index][1]))
+        self.log.start_progress(len(todo), 0, f"answers of {name}")
+        done = 0
+        for batch in self._batches(todo)[self.rt.rank :: self.rt.world_size]:
+            continuations = self.model.generate(
+                [self.generated[index][1] for index in batch],
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=self.prepared.stop_ids,
+                pad_id=self.prepared.pad_id,
+            )
+            for index, ids in zip(batch, continuations, strict=True):
+                tokens[index, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
+            done += len(batch)
+            self.log.advance(done, "")
+        self.log.stop_progress()
+        self.rt.sum_tensors([tokens])
+        return [self._text([token - 1 for token in row if token]) for row in tokens.tolist()]
+
+    def _batches(self, indices: list[int]) -> list[list[int]]:
+        batches: list[list[int]] = []
+        for index in indices:
+            longest = len(self.generated[batches[-1][0]][1]) if batches else 0
+            if batches and (longest + self.max_new_tokens) * (len(batches[-1]) + 1) <= self.tokens:
+                batches[-1].append(index)
+            else:
+                batches.append([index])
+        return batches
+
+    def _text(self, ids: Sequence[int] | np.ndarray) -> str:
+        text: str = self.prepared.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+        return text.strip()
+
+
+def _table(base: Scores, tuned: Scores) -> Table:
+    table = Table(title="held-out scores", title_justify="left")
+    table.add_column("metric")
+    if base:
+        table.add_column("base", justify="right")
+    table.add_column("tuned" if base else "model", justify="right")
+    for name in tuned:
+        cells = [base[name], tuned[name]] if base else [tuned[name]]
+        percent = name in ("exact_match", "token_accuracy")
+        table.add_row(name, *(f"{value:.1%}" if percent else f"{value:,.4f}" for value in cells))
+    return table

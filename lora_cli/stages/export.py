@@ -1,0 +1,163 @@
+"""Stage 5: write what was trained, read it back, compare it with the live model, and only then publish it.
+
+    adapter/   PEFT: adapter, tokenizer, chat template, generation config, model card. Stands alone beside its base.
+    merged/    a plain transformers model with the update in its weights, and the same files beside it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from lora_cli.adapters import Method, _peft
+from lora_cli.adapters._base import replace_module
+from lora_cli.errors import LoraError
+from lora_cli.models.adapted import AdaptedModel
+from lora_cli.models.load import load_model
+from lora_cli.publish import published
+from lora_cli.types import Exported
+
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest logit difference, absolute, between what was written and the live model."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def run(
+    formats: Sequence[str],
+    model: AdaptedModel,
+    method: Method,
+    *,
+    base: Path,
+    base_name: str,
+    revision: str | None,
+    stop_ids: Sequence[int],
+    card: str,
+    max_shard_bytes: int,
+    targets: dict[str, Path],
+    log: Callable[[str], None],
+) -> Exported:
+    """Write each format to its target folder and return the folders with the measured differences.
+
+    `card` is the model card's text. The tokenizer's files are copied from `base` byte for byte.
+
+    Raises:
+        InputError: a target exists.
+        LoraError: what was read back differs from the live model by more than LIMITS; nothing is published.
+    """
+    differences = {}
+    for form in formats:
+        with published(targets[form], replace=False) as staging:
+            if form == "peft":
+                _peft.write(staging, method, base_name=base_name, revision=revision)
+                difference = _reload_adapter(staging, model)
+            else:
+                difference = _write_merged(staging, model, max_shard_bytes, log)
+            _check(form, difference, model.model.dtype)
+            _add_companions(staging, base, model.model, stop_ids, card)
+        differences[form] = difference
+        log(f"export: {targets[form]} ({form}; read back, logits differ by at most {difference:.1e})")
+    return Exported(dict(targets), differences)
+
+
+def _check(form: str, difference: float, dtype: torch.dtype) -> None:
+    limit = LIMITS[dtype]
+    if not difference <= limit:
+        raise LoraError(
+            f"export.{form}: read back, its logits differ from the live model's by {difference:.2e}"
+            f" (the limit is {limit:g} in {str(dtype).removeprefix('torch.')}; nothing was published)"
+        )
+
+
+@torch.no_grad()
+def sample_logits(model: PreTrainedModel) -> Tensor:
+    """Return the logits (2, 32, V) float32 of two fixed rows of tokens drawn from the whole vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (2, 32), generator=generator)
+    training = model.training
+    model.eval()
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
+    model.train(training)
+    return logits
+
+
+def _reload_adapter(folder: Path, model: AdaptedModel) -> float:
+    """Read the adapter as a user would, around the same frozen base; return the largest logit difference."""
+    live = sample_logits(model.model)
+    with _unwrapped(model):
+        reloaded = _peft.load(folder, model.model)
+        difference = float((sample_logits(model.model) - live).abs().max())
+        for path, layer in reloaded.layers.items():
+            replace_module(model.model, path, layer.base)
+    return difference
+
+
+def _write_merged(folder: Path, model: AdaptedModel, max_shard_bytes: int, log: Callable[[str], None]) -> float:
+    """Write the merged model, read it back, return its largest logit difference to the live merged model."""
+    live = sample_logits(model.model)
+    _untie_adapted_embeddings(model)
+    layers = [layer for layer in model.layers.values() if isinstance(layer, _peft.AdapterLinear)]
+    for layer in layers:
+        layer.merge()
+    merged = sample_logits(model.model)
+    with _unwrapped(model):
+        model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+    for layer in layers:
+        layer.unmerge()
+    reread = load_model(folder, dtype=model.model.dtype, device=model.device)
+    if layers:
+        rounding = float((merged - live).abs().max())
+        log(f"merge: rounding the update into {model.model.dtype} moves a logit by at most {rounding:.1e}")
+    return float((sample_logits(reread) - merged).abs().max())
+
+
+@contextmanager
+def _unwrapped(model: AdaptedModel) -> Iterator[None]:
+    """Within it the transformers model holds its plain linear layers again."""
+    layers = {path: layer for path, layer in model.layers.items() if isinstance(layer, _peft.AdapterLinear)}
+    for path, layer in layers.items():
+        replace_module(model.model, path, layer.base)
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            replace_module(model.model, path, layer)
+
+
+def _untie_adapted_embeddings(model: AdaptedModel) -> None:
+    """Give an adapted output head weights of its own where it shares them with the input embedding."""
+    embedding = model.model.get_input_embeddings().weight
+    for layer in model.layers.values():
+        if isinstance(layer, _peft.AdapterLinear) and layer.base.weight is embedding:
+            layer.base.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
+            model.model.config.tie_word_embeddings = False
+
+
+def _add_companions(
+    folder: Path, base: Path, model: PreTrainedModel, stop_ids: Sequence[int], card: str
+) -> None:
+    for name in _TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    settings = GenerationConfig(**model.generation_config.to_diff_dict()) if model.generation_config else None
+    settings = settings or GenerationConfig()
+    # A reader that stops at another token than the one that was trained would never stop.
+    settings.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+    settings.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,123 @@
+"""Stage 3: the loop. It decides when to log, evaluate, save and stop; `_gradient_step.py` makes each update.
+
+Everything random is a function of (seed, step), so a run that continues from a checkpoint repeats nothing and skips
+nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_cli.adapters import Method
+from lora_cli.errors import Stopped
+from lora_cli.models.adapted import AdaptedModel
+from lora_cli.objectives import Objective
+from lora_cli.objectives._heldout import heldout_sums
+from lora_cli.recipe.schema import Train
+from lora_cli.runtime.checkpoint import Checkpoints
+from lora_cli.runtime.dist import Runtime
+from lora_cli.runtime.log import Log
+from lora_cli.stages._gradient_step import GradientStep
+from lora_cli.types import Examples, Prepared, Trained
+
+
+def run(
+    settings: Train,
+    model: AdaptedModel,
+    method: Method,
+    objective: Objective,
+    prepared: Prepared,
+    folder: Path,
+    *,
+    seed: int,
+    resume_step: int | None,
+    rt: Runtime,
+    log: Log,
+) -> Trained:
+    """Train until the last step, early stopping or a signal, and leave the final weights in `model`.
+
+    Raises:
+        DivergedError: a loss or gradient is not finite; the update was not applied.
+        Stopped: SIGINT or SIGTERM came; a checkpoint was written.
+    """
+    assert prepared.train is not None
+    step = GradientStep(settings, model, method, objective, prepared.train, seed, rt)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=settings.keep_checkpoints)
+    state = step.state
+    if resume_step is not None:
+        state, extra = checkpoints.load(resume_step, step.optimizer)
+        method.load_state_dict(extra)
+        step.state = state
+    total, keep_best = step.total, settings.final_weights == "best" or (
+        settings.final_weights == "auto" and settings.early_stopping is not None
+    )
+
+    def save() -> None:
+        if rt.is_main:
+            checkpoints.save(state, step.optimizer, method.state_dict(), {})
+        rt.barrier()
+
+    log.open_metrics(folder, keep_steps=state.step)
+    log.start_progress(total, state.step)
+    losses: list[float] = []
+    out_of_patience = False
+    with rt.stoppable():
+        while state.step < total and not out_of_patience:
+            metrics, stop = step.take()
+            losses.append(metrics["loss"])
+            if state.step % settings.log_every == 0 or state.step in (1, total):
+                _report(metrics, total, log)
+            log.advance(state.step, _status(metrics))
+            due = settings.eval_every is not None and state.step % settings.eval_every == 0
+            if due and prepared.eval is not None:
+                improved = _evaluate(step, prepared.eval, log)
+                if improved and keep_best:
+                    save()
+                patience = settings.early_stopping
+                out_of_patience = patience is not None and state.evaluations_since_best >= patience
+            ends = stop or state.step == total or out_of_patience
+            if ends or (settings.save_every is not None and state.step % settings.save_every == 0):
+                save()
+            if stop:
+                raise Stopped(f"stopped by signal {stop} after step {state.step} of {total}", stop)
+    log.stop_progress()
+    if keep_best and state.best_step is not None:
+        checkpoints.load(state.best_step, step.optimizer)
+    rate = state.tokens / state.seconds if state.seconds else 0.0
+    return Trained(
+        state.step, state.tokens, state.trained_tokens, rate, state.best_step, out_of_patience, losses
+    )
+
+
+def _evaluate(step: GradientStep, examples: Examples, log: Log) -> bool:
+    """Log the held-out loss and keep count of the best; return whether this is it."""
+    sums = heldout_sums(
+        step.objective,
+        step.model,
+        examples,
+        rank=step.rt.rank,
+        world_size=step.rt.world_size,
+        tokens=step.tokens,
+    )
+    total, units = step.rt.sum([sums["loss"], sums["units"]])
+    loss, state = total / max(units, 1.0), step.state
+    improved = state.best_loss is None or loss < state.best_loss
+    if improved:
+        state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
+    else:
+        state.evaluations_since_best += 1
+    log.metrics({"step": state.step, "eval_loss": loss})
+    log.line(f"step {state.step:>6}  held-out loss {loss:.4f}{'  (best)' if improved else ''}")
+    return improved
+
+
+def _report(metrics: dict[str, float], total: int, log: Log) -> None:
+    log.metrics(metrics)
+    log.line(f"step {metrics['step']:>6}/{total}  {_status(metrics)}")
+
+
+def _status(metrics: dict[str, float]) -> str:
+    return (
+        f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}"
+        f"  grad {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+    )
