@@ -1,4 +1,4 @@
-"""What can be known to be wrong before torch is imported: paths, the model folder, the first rows, the output folder.
+"""What can be known to be wrong before torch is imported: paths, model folder, first rows, output folder.
 
 Everything wrong is told at once. Hub ids are not contacted here. Nothing is written.
 """
@@ -112,7 +112,7 @@ def _check_name(place: str, name: str) -> None:
 
 
 def _near_matches(path: Path) -> str:
-    """Return ` (did you mean ...?)` with the names in the parent folder that look alike, or what is missing."""
+    """Return ` (did you mean ...?)` with the names in the parent folder that look alike."""
     parent = path.expanduser().parent
     try:
         names = [entry.name for entry in os.scandir(parent)]

@@ -1,0 +1,44 @@
+"""`lora-train RECIPE [key=value ...]`: the whole pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli.arguments import AtLeast, AtMost, Overrides, read_recipe
+from lora_cli.cli.exits import run_folder
+from lora_cli.errors import InputError
+
+Command = Callable[..., None]
+
+
+def train(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", show_default=False, help="The recipe, a YAML file.")
+    ],
+    overrides: Overrides = None,
+    check: Annotated[bool, typer.Option("--check", help="Check recipe, data and model, and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again in the folder of a run.")
+    ] = False,
+    at_least: AtLeast = None,
+    at_most: AtMost = None,
+) -> None:
+    """Fine-tune a model as the recipe says, evaluate it against the base, and export it."""
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other (give one)")
+    settings, gates = read_recipe(recipe, overrides or (), at_least or (), at_most or ())
+    run_folder.set(Path(settings.run.output).expanduser())
+    from lora_cli import preflight  # needs the data readers, which a bad recipe need not wait for
+
+    checked = preflight.check(settings, resume=resume, overwrite=overwrite)
+    if check:
+        typer.echo("\n".join([f"{recipe}: every key is valid", *checked, "nothing was trained (--check)"]))
+        return
+    from lora_cli import pipeline  # imports torch: seconds, which no fault above should cost
+
+    pipeline.train(settings, resume=resume, overwrite=overwrite, gates=gates)
