@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import yaml
 
+from lora_cli.recipe.nodes import resolve
 from lora_cli.recipe.schema import Recipe
-from lora_cli.recipe.yaml_reader import resolve
 
 
 class _Dumper(yaml.SafeDumper):

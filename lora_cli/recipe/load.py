@@ -21,16 +21,9 @@ from lora_cli.errors import InputError
 from lora_cli.recipe import keys, suggest
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.keys import explain, json_schema
+from lora_cli.recipe.nodes import MappingNode, Node, ScalarNode, SequenceNode, resolve
 from lora_cli.recipe.schema import Conflict, Recipe
-from lora_cli.recipe.yaml_reader import (
-    MappingNode,
-    Node,
-    ScalarNode,
-    SequenceNode,
-    read_file,
-    read_text,
-    resolve,
-)
+from lora_cli.recipe.yaml_reader import read_file, read_text
 
 __all__ = ["dump_recipe", "explain", "json_schema", "load_recipe"]
 
@@ -73,7 +66,10 @@ class _Draft:
         values = {}
         for name, (place, value) in node.entries.items():
             self.places[(*path, name)] = place
-            values[name] = self.plain(value, (*path, name))
+            if value.faulty:
+                self.bad.append((*path, name))
+            else:
+                values[name] = self.plain(value, (*path, name))
         return values
 
     def at(self, path: Path_) -> str:

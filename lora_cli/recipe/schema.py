@@ -262,7 +262,7 @@ class Evaluate(Section):
     max_new_tokens: Literal["auto"] | PositiveInt = "auto"
     """Longest generated answer, in tokens. auto: the longest reference answer, since a longer one cannot match."""
     batch_tokens: Literal["auto"] | PositiveInt = "auto"
-    """Padded tokens per forward pass (prompt and answer). auto: 16384 on a CPU, 65536 on a GPU."""
+    """Padded tokens per forward pass (prompt and answer). auto: 8192 on a CPU, 65536 on a GPU."""
 
 
 class Export(Section):

@@ -68,7 +68,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 """Our key -> what Axolotl, LLaMA-Factory, TRL, PEFT, torchtune, LitGPT and MLX call it."""
 
 _SECRET_NAME = re.compile(
-    r"(^|[_-])(token|api_?key|password|passwd|secret|credentials?|access_?key)($|[_-])", re.IGNORECASE
+    r"(^|[_-])(token|api[_-]?key|password|passwd|secret|credentials?|access[_-]?key)($|[_-])", re.IGNORECASE
 )
 _SECRET_VALUE = re.compile(
     r"\b(hf_|sk-|sk-proj-|ghp_|github_pat_|AKIA|glpat-|xox[bp]-)[A-Za-z0-9]{16,}|(?<=://)[^/\s@]+:[^/\s@]*@"

@@ -10,61 +10,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import yaml
 
 from lora_cli.errors import InputError
+from lora_cli.recipe.nodes import MappingNode, Node, ScalarNode, SequenceNode, resolve
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000
 MAX_DEPTH = 32
 
-_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,4000})")  # int() of more digits takes quadratic time
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_SPECIAL = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-    **{sign + dot: float(sign + "inf") for sign in ("", "+", "-") for dot in (".inf", ".Inf", ".INF")},
-    **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
-}
 _TAG = "tag:yaml.org,2002:"
 _TYPE_OF_TAG: dict[str, type | None] = {"int": int, "float": float, "bool": bool, "null": None, "str": str}
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-
-Scalar = str | int | float | bool | None
-
-
-@dataclass(slots=True)
-class ScalarNode:
-    """A value and where it was written."""
-
-    place: str
-    value: Scalar
-
-
-@dataclass(slots=True)
-class SequenceNode:
-    """A list and where it begins."""
-
-    place: str
-    items: list[Node] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class MappingNode:
-    """A block of keys, each with the place of the key and its value."""
-
-    place: str
-    entries: dict[str, tuple[str, Node]] = field(default_factory=dict)
-    merged: set[str] = field(default_factory=set)
-    """Keys that came by `<<: *anchor`; writing one of them here is not a duplicate."""
-
-
-Node = ScalarNode | SequenceNode | MappingNode
 
 
 class _Mark(Protocol):
@@ -140,17 +101,6 @@ def read_text(text: str, problems: list[str], *, name: str = "", place: str | No
     return builder.root or ScalarNode(builder.at(None), None)
 
 
-def resolve(text: str) -> Scalar:
-    """Return what an unquoted scalar stands for: null, true or false, a number, else the text itself."""
-    if text in _SPECIAL:
-        return _SPECIAL[text]
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    if _FLOAT.fullmatch(text) and not re.match(r"[-+]?0[0-9]", text):  # 010: 8 in YAML 1.1, 10 in 1.2
-        return float(text)
-    return text
-
-
 @dataclass(slots=True)
 class _Open:
     """A mapping or sequence whose end has not been read; `key` waits for its value."""
@@ -195,7 +145,7 @@ class _Builder:
                     raise InputError(f"{place}: found a second document (one recipe per file)")
             elif isinstance(event, yaml.ScalarEvent):
                 self._count(place, 1, 1)
-                self._close(ScalarNode(place, self._scalar(event, place)), event.anchor, self._nodes - 1, 1)
+                self._close(self._scalar(event, place), event.anchor, self._nodes - 1, 1)
             elif isinstance(event, yaml.AliasEvent):
                 self._alias(str(event.anchor), place)
             elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
@@ -214,11 +164,12 @@ class _Builder:
     def _open(self, event: yaml.MappingStartEvent | yaml.SequenceStartEvent, place: str) -> None:
         self._count(place, 1, 1)
         is_mapping = isinstance(event, yaml.MappingStartEvent)
-        if event.tag not in (None, "!", _TAG + ("map" if is_mapping else "seq")):
-            self._problems.append(f"{place}: found the tag {_shown(event.tag)} (remove it)")
+        faulty = event.tag not in (None, "!", _TAG + ("map" if is_mapping else "seq"))
+        if faulty:
+            self._problems.append(f"{place}: found the tag {_shown(str(event.tag))} (remove it)")
         if event.anchor is not None:
             self._anchors[event.anchor] = None
-        node: MappingNode | SequenceNode = MappingNode(place) if is_mapping else SequenceNode(place)
+        node = MappingNode(place, faulty=faulty) if is_mapping else SequenceNode(place, faulty=faulty)
         self._stack.append(_Open(node, event.anchor, self._nodes - 1))
 
     def _alias(self, anchor: str, place: str) -> None:
@@ -283,26 +234,21 @@ class _Builder:
             mapping.entries.update(new)
             mapping.merged.update(new)
 
-    def _scalar(self, event: yaml.ScalarEvent, place: str) -> Scalar:
-        text = event.value
+    def _scalar(self, event: yaml.ScalarEvent, place: str) -> ScalarNode:
+        text, noted = event.value, len(self._problems)
         if match := _CONTROL.search(text):  # reached by escapes: "\0", "\uD800"
-            self._problems.append(
-                f"{place}: found the control character {match.group()!r} in a text (remove it)"
-            )
-            text = _CONTROL.sub("?", text)
-        if event.tag is None:
-            return resolve(text) if event.implicit[0] else text
-        kind = event.tag.removeprefix(_TAG)
-        if event.tag in ("!", _TAG + "str"):
-            return text
-        value = resolve(text)
-        if event.tag == kind or kind not in _TYPE_OF_TAG:
-            self._problems.append(f"{place}: found the tag {_shown(event.tag)} (remove it)")
-        elif type(value) is not (_TYPE_OF_TAG[kind] or type(None)):
-            self._problems.append(
-                f"{place}: found the tag {_shown(event.tag)} before another type (remove it)"
-            )
-        return value
+            self._problems.append(f"{place}: found the control character {match.group()!r} (remove it)")
+        kind = (event.tag or "").removeprefix(_TAG)
+        is_text = not event.implicit[0] if event.tag is None else event.tag in ("!", _TAG + "str")
+        value = text if is_text else resolve(text)
+        if event.tag is not None and not is_text:
+            if event.tag == kind or kind not in _TYPE_OF_TAG:
+                self._problems.append(f"{place}: found the tag {_shown(event.tag)} (remove it)")
+            elif type(value) is not (_TYPE_OF_TAG[kind] or type(None)):
+                self._problems.append(
+                    f"{place}: found the tag {_shown(event.tag)} before another type (remove it)"
+                )
+        return ScalarNode(place, value, faulty=len(self._problems) > noted)
 
 
 def _shown(tag: str) -> str:
