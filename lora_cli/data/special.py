@@ -119,8 +119,8 @@ def settle_special_tokens(tokenizer: Any, template: str) -> tuple[int, tuple[int
     """Return the padding token, and the tokens that end an answer (the end token first); changes nothing.
 
     `template` is the recipe's data.template, or what it was settled to. Labels never depend on the padding
-    token: only positions beyond a row's length are masked. So where nothing better exists the end token pads, and an end
-    token inside a row is trained all the same.
+    token: only positions beyond a row's length are masked. So where nothing better exists the end token pads,
+    and an end token inside a row is trained all the same.
 
     Raises:
         InputError: if the tokenizer has no end token, or its template is used and writes no terminator.

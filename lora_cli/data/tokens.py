@@ -42,6 +42,8 @@ class Encoder:
         self._controls = dict(controls)
         self._private: tuple[Any, Ids] | None = None
         self._bos_id = _added_bos(tokenizer)
+        # Text may well hold what the vocabulary lacks; every other control token must come from the template.
+        self._never_from_text = [i for i in self._controls.values() if i != tokenizer.unk_token_id]
 
     def encode(self, rows: Sequence[Rendered]) -> list[Example]:
         """Return the tokens of each row.
@@ -73,8 +75,8 @@ class Encoder:
         text, spans = _hide(row.text, row.spans, self._controls)
         encoding = backend.encode(text, add_special_tokens=False)
         ids = to_id[np.array(encoding.ids, dtype=np.int32)]
-        written = len(_PRIVATE.findall(text))
-        if np.isin(ids, list(self._controls.values())).sum() != written:
+        written = [int(name) for name in _PRIVATE.findall(text)]
+        if ids[np.isin(ids, self._never_from_text)].tolist() != written:
             raise InputError(f"{row.where}: the tokenizer makes a control token from the text of a message")
         return self._finish(row, ids, trained_mask(encoding, spans, len(text)))
 
@@ -138,7 +140,7 @@ def _first_from(encoding: Any, position: int, length: int) -> int:
     return int(token)
 
 
-_PRIVATE = re.compile("\ufdd0\\d+\ufdd1")
+_PRIVATE = re.compile("\ufdd0(\\d+)\ufdd1")
 
 
 def _private_name(token_id: int) -> str:

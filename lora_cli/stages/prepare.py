@@ -205,8 +205,8 @@ class _Worker:
                 "raise it" if self.data.overlong == "truncate" else "raise it, or let data.overlong truncate"
             )
             return (
-                f"data.{job.split}: {job.source.name}: none of {tally.rows} rows can be used with data.max_length "
-                f"{self.data.max_length}: the longest has {tally.longest} tokens ({remedy})"
+                f"data.{job.split}: {job.source.name}: none of {tally.rows} rows can be used with "
+                f"data.max_length {self.data.max_length}: the longest has {tally.longest} tokens ({remedy})"
             )
         return f"data.{job.split}: {job.source.name}: none of {tally.rows} rows has a token to train"
 
