@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from lora_cli import objectives
 from lora_cli.adapters import _peft
@@ -31,6 +30,7 @@ from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, base_folder, load_model, load_tokenizer
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
+from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime import dist
 from lora_cli.runtime.checkpoint import Checkpoints
@@ -203,11 +203,8 @@ def _resume_step(folder: RunFolder, recipe: Recipe, log: Log) -> int | None:
 
 
 def _refuse_changes(folder: RunFolder, recipe: Recipe, what: str) -> None:
-    try:
-        before = yaml.safe_load((folder.path / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{folder.path / RECIPE_FILE}: cannot be read ({error})") from error
-    changes = changed_keys(before, recipe.resolved())
+    before = load_recipe(folder.path / RECIPE_FILE)
+    changes = changed_keys(before.resolved(), recipe.resolved())
     if changes:
         raise InputError(
             f"{folder.path}: {what}: {'; '.join(changes)} (use the old values, --overwrite, or another run.output)"
@@ -261,13 +258,17 @@ def _resource_faults() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ResourceError(f"out of GPU memory: {_first_line(error)} (lower train.micro_batch_tokens)") from error
+        raise ResourceError(
+            f"out of GPU memory: {_first_line(error)} (lower train.micro_batch_tokens)"
+        ) from error
     except MemoryError as error:
         raise ResourceError("out of memory (lower train.micro_batch_tokens)") from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise ResourceError(f"out of memory: {_first_line(error)} (lower train.micro_batch_tokens)") from error
+        raise ResourceError(
+            f"out of memory: {_first_line(error)} (lower train.micro_batch_tokens)"
+        ) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -49,7 +49,9 @@ def test_an_existing_target_is_not_overwritten_by_accident(tmp_path: Path) -> No
     assert (tmp_path / "out" / "a.txt").read_text() == "new"
 
 
-@pytest.mark.parametrize("damage", ["empty", "short", "flipped bit", "missing", "no manifest", "manifest cut"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "short", "flipped bit", "missing", "no manifest", "manifest cut"]
+)
 def test_damage_is_found(tmp_path: Path, damage: str) -> None:
     """Every kind of damage to a file or to the manifest is found."""
     publish(tmp_path / "out")

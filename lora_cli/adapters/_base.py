@@ -14,12 +14,12 @@ from __future__ import annotations
 import difflib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import InputError
@@ -97,7 +97,7 @@ class Method(ABC):
     layers: dict[str, AdapterLinear]
 
     @abstractmethod
-    def inject(self, model: nn.Module) -> dict[str, AdapterLinear]:
+    def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
         """Freeze the base, place the adapters and return them by module path."""
 
     @abstractmethod
@@ -125,8 +125,13 @@ class Method(ABC):
         """Return the method's part of PEFT's adapter_config.json; empty where PEFT has no such method."""
 
 
-def match_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """Return the paths of the linear layers that `targets` names, in the model's order.
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every linear layer of the model by its path, in the model's order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, BASE_LINEARS)}
+
+
+def match_targets(model: PreTrainedModel, targets: str | list[str], *, where: str = "adapter.targets") -> list[str]:
+    """Return the paths of the linear layers that `targets` names, in the model's order; `where` heads a message.
 
     `all-linear` is every linear layer but the output head; `attention` and `mlp` are those inside such blocks; a list
     holds module names matched at the end of the path; any other string is a regular expression for the whole path.
@@ -134,25 +139,31 @@ def match_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     Raises:
         InputError: a target matches no linear layer, or the regular expression is not valid.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, BASE_LINEARS)}
+    head = model.get_output_embeddings()
+    linears = linear_layers(model)
     inner = [path for path, module in linears.items() if module is not head]
     if targets == "all-linear":
-        return _non_empty(inner, "all-linear", linears)
+        return _non_empty(inner, "all-linear", linears, where)
     if isinstance(targets, list):
         chosen: set[str] = set()
         for target in targets:
             found = [path for path in linears if path == target or path.endswith(f".{target}")]
-            chosen.update(_non_empty(found, target, linears))
+            chosen.update(_non_empty(found, target, linears, where))
         return [path for path in linears if path in chosen]
     if targets in GROUPS:
         found = [path for path in inner if GROUPS[targets] & set(path.split("."))]
-        return _non_empty(found, targets, linears)
+        return _non_empty(found, targets, linears, where)
     try:
         pattern = re.compile(targets)
     except re.error as error:
-        raise InputError(f"adapter.targets: {targets!r} is not a regular expression ({error})") from error
-    return _non_empty([path for path in linears if pattern.fullmatch(path)], targets, linears)
+        raise InputError(f"{where}: {targets!r} is not a regular expression ({error})") from error
+    return _non_empty([path for path in linears if pattern.fullmatch(path)], targets, linears, where)
+
+
+def short_names(model: PreTrainedModel, paths: list[str]) -> list[str]:
+    """Return the shortest target list that names exactly `paths`: module names where they do, else the paths."""
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    return names if match_targets(model, names) == paths else sorted(paths)
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -161,23 +172,12 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-@contextmanager
-def disabled(layers: Mapping[str, AdapterLinear]) -> Iterator[None]:
-    """Within it the layers compute what the base does, bit for bit."""
-    for layer in layers.values():
-        assert not layer.merged
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            layer.enabled = True
-
-
-def _non_empty(paths: list[str], target: str, linears: Mapping[str, nn.Module]) -> list[str]:
+def _non_empty(paths: list[str], target: str, linears: Mapping[str, nn.Module], where: str) -> list[str]:
     if paths:
         return paths
     names = sorted({path.rpartition(".")[2] for path in linears})
     near = difflib.get_close_matches(target, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"its linear layers are named {', '.join(names) or 'nothing'}"
-    raise InputError(f"adapter.targets: {target!r} matches no linear layer of the model ({hint})")
+    hint = (
+        f"did you mean {near[0]}?" if near else f"its linear layers are named {', '.join(names) or 'nothing'}"
+    )
+    raise InputError(f"{where}: {target!r} matches no linear layer of the model ({hint})")

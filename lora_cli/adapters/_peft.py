@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from lora_cli.adapters._base import AdapterLinear, Method, match_targets
+from lora_cli.adapters._base import AdapterLinear, Method, linear_layers, match_targets
 from lora_cli.adapters.lora import Lora
 from lora_cli.errors import InputError
 
@@ -106,7 +107,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load(folder: Path, model: nn.Module) -> Method:
+def load(folder: Path, model: PreTrainedModel) -> Method:
     """Inject the adapter in `folder` into `model` and return its method.
 
     Raises:
@@ -114,21 +115,30 @@ def load(folder: Path, model: nn.Module) -> Method:
     """
     method = Lora.from_disk_config(read_config(folder))
     tensors = _read_tensors(folder)
-    expected = set(match_targets(model, method.targets))
     paths = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}
-    if paths != expected:
-        only_disk, only_model = sorted(paths - expected), sorted(expected - paths)
-        detail = f"it has tensors for {only_disk[0]!r}" if only_disk else f"it lacks tensors for {only_model[0]!r}"
+    strangers = sorted(paths - linear_layers(model).keys())
+    if strangers:
         raise InputError(
-            f"{folder}: the adapter does not fit this base model: {detail}"
-            f" ({len(only_disk)} layers too many, {len(only_model)} missing; was it trained on another base?)"
+            f"{folder}: the adapter does not fit this base model, which has no layer {strangers[0]!r}"
+            f" ({len(strangers)} of {len(paths)} are not there; was it trained on another base?)"
+        )
+    expected = set(match_targets(model, method.targets, where=f"{folder / CONFIG_FILE}: target_modules"))
+    if paths != expected:
+        some = sorted(paths ^ expected)
+        lack = (
+            "names a layer without tensors" if some[0] in expected else "does not name a layer with tensors"
+        )
+        raise InputError(
+            f"{folder / CONFIG_FILE}: target_modules {lack}: {some[0]} ({len(some)} such layers)"
         )
     method.inject(model)
     fill(folder, method.layers, tensors)
     return method
 
 
-def fill(folder: Path, layers: Mapping[str, AdapterLinear], tensors: Mapping[str, Tensor] | None = None) -> None:
+def fill(
+    folder: Path, layers: Mapping[str, AdapterLinear], tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """Copy the tensors of an adapter folder into injected layers; names and shapes must agree exactly.
 
     Raises:
@@ -149,7 +159,9 @@ def fill(folder: Path, layers: Mapping[str, AdapterLinear], tensors: Mapping[str
         elif not bool(torch.isfinite(tensors[name]).all()):
             problems.append(f"{folder}: tensor {name} holds values that are not finite")
     if problems:
-        raise InputError(problems[:5] + ([f"{folder}: and {len(problems) - 5} more"] if len(problems) > 5 else []))
+        raise InputError(
+            problems[:5] + ([f"{folder}: and {len(problems) - 5} more"] if len(problems) > 5 else [])
+        )
     with torch.no_grad():
         for name, place in places.items():
             place.copy_(tensors[name])

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_cli.adapters._base import AdapterLinear, Method
 from lora_cli.errors import InputError
@@ -22,7 +23,7 @@ class Full(Method):
         self.parameters = parameters
         self.layers: dict[str, AdapterLinear] = {}
 
-    def inject(self, model: nn.Module) -> dict[str, AdapterLinear]:
+    def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
         """Choose the trained parameters; no layer is wrapped.
 
         Raises:

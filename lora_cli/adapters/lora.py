@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters._base import AdapterLinear, Method, match_targets, replace_module
+from lora_cli.adapters._base import AdapterLinear, Method, match_targets, replace_module, short_names
 from lora_cli.seeding import stream_seed
 
 
@@ -73,11 +74,14 @@ class Lora(Method):
         self.targets = targets
         self.seed = seed
         self.layers: dict[str, AdapterLinear] = {}
+        self._disk_targets: list[str] = []
 
-    def inject(self, model: nn.Module) -> dict[str, AdapterLinear]:
+    def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
         """Freeze the model and put a LoraLinear around each target."""
         model.requires_grad_(False)
-        for path in match_targets(model, self.targets):
+        paths = match_targets(model, self.targets)
+        self._disk_targets = short_names(model, paths)
+        for path in paths:
             base = model.get_submodule(path)
             assert isinstance(base, nn.Linear | Conv1D)
             layer = LoraLinear(base, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
@@ -95,13 +99,13 @@ class Lora(Method):
         }
 
     def disk_config(self) -> dict[str, Any]:
-        """Return PEFT's LoRA keys; the targets are the exact paths, so that they match whatever the reader's rules."""
+        """Return PEFT's LoRA keys; whole numbers are written as such, as older readers expect."""
         return {
             "peft_type": "LORA",
             "r": self.rank,
-            "lora_alpha": self.alpha,
+            "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
             "lora_dropout": self.dropout,
-            "target_modules": sorted(self.layers),
+            "target_modules": self._disk_targets,
             "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in self.layers.values()),
             "bias": "none",
             "init_lora_weights": True,

@@ -25,7 +25,7 @@ class Switchable(Protocol):
 
 
 class AdaptedModel:
-    """A transformers model with adapter layers, or with trained weights of its own and a frozen copy of the old ones."""
+    """A transformers model with adapter layers, or with weights that are trained and a frozen copy of the old ones."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class AdaptedModel:
         # generate() would fill unset values (a repetition penalty, say) from the model's own generation config.
         own, self.model.generation_config = self.model.generation_config, settings
         try:
-            output = self.model.generate(
+            output: Tensor = self.model.generate(  # type: ignore[operator]
                 ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings
             )
         finally:

@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
@@ -43,7 +48,9 @@ def base_folder(base: str, revision: str | None = None) -> Path:
         except HFValidationError as error:
             raise InputError(f"model.base: {base!r}: no such folder, and not a hub id") from error
         except RepositoryNotFoundError as error:
-            raise InputError(f"model.base: {base!r}: no such folder, and the hub has no such model") from error
+            raise InputError(
+                f"model.base: {base!r}: no such folder, and the hub has no such model"
+            ) from error
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
@@ -75,7 +82,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pre
         InputError: it is not a causal language model that transformers knows, or a weight is missing or misshapen.
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -85,11 +92,12 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Pre
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{folder}: the model cannot be loaded ({str(error).splitlines()[0]})") from error
+    model, report = loaded
     for problem in ("missing_keys", "mismatched_keys"):
         names = sorted(str(name) for name in report.get(problem, ()))
         if names:
             # transformers would fill such weights with random numbers and go on.
-            raise InputError(f"{folder}: {len(names)} weights are {problem.removesuffix('_keys')}, first {names[0]}")
-    model = model.to(device)
-    model.eval()
-    return model
+            raise InputError(
+                f"{folder}: {len(names)} weights are {problem.removesuffix('_keys')}, first {names[0]}"
+            )
+    return model.to(device).eval()

@@ -26,7 +26,9 @@ class Objective(ABC):
     """What training minimises."""
 
     @abstractmethod
-    def micro_batches(self, model: AdaptedModel, rows: Rows, progress: Progress, *, tokens: int) -> list[Batch]:
+    def micro_batches(
+        self, model: AdaptedModel, rows: Rows, progress: Progress, *, tokens: int
+    ) -> list[Batch]:
         """Return the rows as batches of at most `tokens` padded tokens; a longer row is a batch of its own."""
 
     @abstractmethod

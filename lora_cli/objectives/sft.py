@@ -15,7 +15,9 @@ class Sft(Objective):
     def __init__(self, *, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def micro_batches(self, model: AdaptedModel, rows: Rows, progress: Progress, *, tokens: int) -> list[Batch]:
+    def micro_batches(
+        self, model: AdaptedModel, rows: Rows, progress: Progress, *, tokens: int
+    ) -> list[Batch]:
         """Return padded batches of rows of similar length."""
         del progress
         return pad_batches(rows, tokens=tokens, pad_id=self.pad_id, device=model.device)

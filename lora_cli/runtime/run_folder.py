@@ -1,6 +1,6 @@
 """The folder a run leaves behind: who owns it, what stands in it, and the summary.
 
-    recipe.yaml  metrics.jsonl  generations.jsonl  checkpoints/  adapter/  merged/  summary.json
+recipe.yaml  metrics.jsonl  generations.jsonl  checkpoints/  adapter/  merged/  summary.json
 """
 
 from __future__ import annotations

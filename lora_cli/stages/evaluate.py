@@ -1,8 +1,8 @@
 """Stage 4: score the base and the tuned model on the same held-out rows, and show them side by side.
 
-    loss             mean negative log-likelihood per trained token (not a mean of batch means); perplexity = exp(loss)
-    token_accuracy   part of the trained tokens that were the most likely one
-    exact_match      part of the rows whose last answer, generated greedily from the row's own prompt, is the reference
+loss             mean negative log-likelihood per trained token (not a mean of batch means); perplexity = exp(loss)
+token_accuracy   part of the trained tokens that were the most likely one
+exact_match      part of the rows whose last answer, generated greedily from the row's own prompt, is the reference
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Log
 from lora_cli.types import Evaluated, Example, Examples, Prepared, Scores
 
-BATCH_TOKENS = {"cpu": 16384, "cuda": 65536}
+BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 GENERATIONS_FILE = "generations.jsonl"
 
 
@@ -87,15 +87,14 @@ class _Scorer:
         self.examples, self.tokens, self.rt, self.log = examples, tokens, rt, log
         self.generated: list[tuple[int, np.ndarray, str]] = []
         self.max_new_tokens = 1
-        if "exact_match" in settings.metrics:
+        # A plain text row has no prompt to answer.
+        if "exact_match" in settings.metrics and prepared.format != "text":
             self._choose_rows()
 
     def _choose_rows(self) -> None:
         limit = self.settings.max_generated_rows or len(self.examples)
         for row in range(min(limit, len(self.examples))):
             prompt, answer = split_answer(self.examples[row])
-            if len(prompt) == 0:
-                continue  # a plain text row has no prompt to answer
             self.generated.append((row, prompt, self._text(answer)))
             self.max_new_tokens = max(self.max_new_tokens, len(answer))
         if self.settings.max_new_tokens != "auto":
@@ -110,7 +109,9 @@ class _Scorer:
             return scores, []
         with self.model.evaluating():
             answers = self._generate(name)
-        right = sum(answer == reference for answer, (_, _, reference) in zip(answers, self.generated, strict=True))
+        right = sum(
+            answer == reference for answer, (_, _, reference) in zip(answers, self.generated, strict=True)
+        )
         scores["exact_match"] = right / len(self.generated)
         return scores, answers
 
@@ -149,7 +150,9 @@ class _Scorer:
 
     def _generate(self, name: str) -> list[str]:
         # Each process fills its rows with token + 1 and leaves 0 elsewhere, so that a sum gathers them.
-        tokens = torch.zeros(len(self.generated), self.max_new_tokens, dtype=torch.int64, device=self.rt.device)
+        tokens = torch.zeros(
+            len(self.generated), self.max_new_tokens, dtype=torch.int64, device=self.rt.device
+        )
         # Rows of similar prompt length share a batch, so that little of it is padding.
         todo = sorted(range(len(self.generated)), key=lambda index: -len(self.generated[index][1]))
         self.log.start_progress(len(todo), 0, f"answers of {name}")

@@ -1,7 +1,7 @@
 """Stage 5: write what was trained, read it back, compare it with the live model, and only then publish it.
 
-    adapter/   PEFT: adapter, tokenizer, chat template, generation config, model card. Stands alone beside its base.
-    merged/    a plain transformers model with the update in its weights, and the same files beside it.
+adapter/   PEFT: adapter, tokenizer, chat template, generation config, model card. Stands alone beside its base.
+merged/    a plain transformers model with the update in its weights, and the same files beside it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from lora_cli.adapters import Method, _peft
-from lora_cli.adapters._base import replace_module
+from lora_cli.adapters._base import AdapterLinear, replace_module
 from lora_cli.errors import LoraError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
@@ -89,7 +90,8 @@ def _check(form: str, difference: float, dtype: torch.dtype) -> None:
 def sample_logits(model: PreTrainedModel) -> Tensor:
     """Return the logits (2, 32, V) float32 of two fixed rows of tokens drawn from the whole vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (2, 32), generator=generator)
+    embedding: Any = model.get_input_embeddings()
+    ids = torch.randint(embedding.weight.shape[0], (2, 32), generator=generator)
     training = model.training
     model.eval()
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
@@ -108,11 +110,13 @@ def _reload_adapter(folder: Path, model: AdaptedModel) -> float:
     return difference
 
 
-def _write_merged(folder: Path, model: AdaptedModel, max_shard_bytes: int, log: Callable[[str], None]) -> float:
+def _write_merged(
+    folder: Path, model: AdaptedModel, max_shard_bytes: int, log: Callable[[str], None]
+) -> float:
     """Write the merged model, read it back, return its largest logit difference to the live merged model."""
     live = sample_logits(model.model)
     _untie_adapted_embeddings(model)
-    layers = [layer for layer in model.layers.values() if isinstance(layer, _peft.AdapterLinear)]
+    layers = [layer for layer in model.layers.values() if isinstance(layer, AdapterLinear)]
     for layer in layers:
         layer.merge()
     merged = sample_logits(model.model)
@@ -130,7 +134,7 @@ def _write_merged(folder: Path, model: AdaptedModel, max_shard_bytes: int, log: 
 @contextmanager
 def _unwrapped(model: AdaptedModel) -> Iterator[None]:
     """Within it the transformers model holds its plain linear layers again."""
-    layers = {path: layer for path, layer in model.layers.items() if isinstance(layer, _peft.AdapterLinear)}
+    layers = {path: layer for path, layer in model.layers.items() if isinstance(layer, AdapterLinear)}
     for path, layer in layers.items():
         replace_module(model.model, path, layer.base)
     try:
@@ -144,7 +148,7 @@ def _untie_adapted_embeddings(model: AdaptedModel) -> None:
     """Give an adapted output head weights of its own where it shares them with the input embedding."""
     embedding = model.model.get_input_embeddings().weight
     for layer in model.layers.values():
-        if isinstance(layer, _peft.AdapterLinear) and layer.base.weight is embedding:
+        if isinstance(layer, AdapterLinear) and layer.base.weight is embedding:
             layer.base.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
             model.model.config.tie_word_embeddings = False
 

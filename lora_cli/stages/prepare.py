@@ -131,6 +131,7 @@ class _Worker:
     template: str
     _tokenizer_parts: dict[str, str] = field(default_factory=dict)
     _names: dict[Split, str] = field(default_factory=dict)
+    _tools: tuple[Renderer, Encoder] | None = None
 
     def name(self, job: _Job) -> str:
         """Return the fingerprint of all that decides the split's tokens."""
@@ -185,12 +186,17 @@ class _Worker:
             writer.publish({"tally": asdict(tally)})
 
     def _examples(self, job: _Job, faults: Faults) -> Iterator[tuple[RawRow, Example]]:
-        renderer = Renderer(self.tokenizer, self.template, self.train_on)
-        encoder = Encoder(self.tokenizer, renderer.controls)
+        if self._tools is None:  # half a second for a large vocabulary, so only where rows must be tokenized
+            renderer = Renderer(self.tokenizer, self.template, self.train_on)
+            self._tools = renderer, Encoder(self.tokenizer, renderer.controls)
+        renderer, encoder = self._tools
         raw_rows = islice(job.source.rows(faults), job.max_rows)
-        while chunk := list(islice(raw_rows, CHUNK_ROWS)):
+        more = True
+        while more:
+            more = False
             pairs: list[tuple[RawRow, Row]] = []
-            for raw in chunk:
+            for raw in islice(raw_rows, CHUNK_ROWS):
+                more = True
                 try:
                     pairs.append((raw, job.read(raw)))
                 except InputError as fault:

@@ -48,8 +48,10 @@ def run(
         state, extra = checkpoints.load(resume_step, step.optimizer)
         method.load_state_dict(extra)
         step.state = state
-    total, keep_best = step.total, settings.final_weights == "best" or (
-        settings.final_weights == "auto" and settings.early_stopping is not None
+    total, keep_best = (
+        step.total,
+        settings.final_weights == "best"
+        or (settings.final_weights == "auto" and settings.early_stopping is not None),
     )
 
     def save() -> None:

@@ -24,7 +24,9 @@ def test_forward_is_the_papers_equation() -> None:
     torch.nn.init.normal_(layer.lora_A)
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(4, 5)
-    by_hand = torch.stack([base.weight @ row + base.bias + 3.0 * (layer.lora_B @ (layer.lora_A @ row)) for row in x])
+    by_hand = torch.stack(
+        [base.weight @ row + base.bias + 3.0 * (layer.lora_B @ (layer.lora_A @ row)) for row in x]
+    )
     torch.testing.assert_close(layer(x), by_hand)
 
 
@@ -52,7 +54,10 @@ MLP = [f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
         ("all-linear", [LLAMA.format(layer, name) for layer in (0, 1) for name in ATTENTION + MLP]),
         ("attention", [LLAMA.format(layer, name) for layer in (0, 1) for name in ATTENTION]),
         ("mlp", [LLAMA.format(layer, name) for layer in (0, 1) for name in MLP]),
-        (["q_proj", "down_proj"], [LLAMA.format(i, n) for i in (0, 1) for n in ("self_attn.q_proj", "mlp.down_proj")]),
+        (
+            ["q_proj", "down_proj"],
+            [LLAMA.format(i, n) for i in (0, 1) for n in ("self_attn.q_proj", "mlp.down_proj")],
+        ),
         (["layers.1.mlp.up_proj"], ["model.layers.1.mlp.up_proj"]),
         (r".*\.0\..*[qv]_proj", [LLAMA.format(0, f"self_attn.{name}_proj") for name in "qv"]),
         (["lm_head"], ["lm_head"]),

@@ -18,7 +18,11 @@ from lora_cli.adapters import _peft
 from lora_cli.adapters.lora import Lora
 from lora_cli.errors import InputError
 
-TARGETS = {"llama": ["q_proj", "down_proj"], "qwen2": ["q_proj", "v_proj", "up_proj"], "gpt2": ["c_attn", "c_fc"]}
+TARGETS = {
+    "llama": ["q_proj", "down_proj"],
+    "qwen2": ["q_proj", "v_proj", "up_proj"],
+    "gpt2": ["c_attn", "c_fc"],
+}
 
 
 @torch.no_grad()
@@ -110,7 +114,10 @@ def first(tensors: dict[str, torch.Tensor]) -> str:
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda folder: (folder / _peft.CONFIG_FILE).unlink(), "no such file"),
-    "config is not JSON": (lambda folder: (folder / _peft.CONFIG_FILE).write_text("{"), "not readable as JSON"),
+    "config is not JSON": (
+        lambda folder: (folder / _peft.CONFIG_FILE).write_text("{"),
+        "not readable as JSON",
+    ),
     "config is a list": (lambda folder: (folder / _peft.CONFIG_FILE).write_text("[]"), "peft_type"),
     "another method": (edit_config(peft_type="VERA"), "peft_type is 'VERA'"),
     "no peft_type": (edit_config(peft_type=...), "peft_type is None"),
@@ -125,16 +132,23 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown setting": (edit_config(tokenizer_kwargs={"trust_remote_code": True}), "tokenizer_kwargs"),
     "targets missing": (edit_config(target_modules=...), "target_modules"),
     "targets of another model": (edit_config(target_modules=["wq"]), "matches no linear layer"),
-    "targets beyond the tensors": (edit_config(target_modules=["q_proj", "down_proj", "v_proj"]), "lacks tensors for"),
+    "targets beyond the tensors": (
+        edit_config(target_modules=["q_proj", "down_proj", "v_proj"]),
+        "names a layer without tensors",
+    ),
     "rank unlike the tensors": (edit_config(r=8), "the layer needs (8,"),
     "no tensors": (lambda folder: (folder / _peft.TENSOR_FILE).unlink(), "no such file"),
     "tensors cut short": (
-        lambda folder: (folder / _peft.TENSOR_FILE).write_bytes((folder / _peft.TENSOR_FILE).read_bytes()[:-7]),
+        lambda folder: (folder / _peft.TENSOR_FILE).write_bytes(
+            (folder / _peft.TENSOR_FILE).read_bytes()[:-7]
+        ),
         "not a readable safetensors file",
     ),
     "tensor missing": (edit_tensors(lambda tensors: tensors.pop(first(tensors), None) is None), "is missing"),
     "tensor unexpected": (
-        edit_tensors(lambda tensors: tensors.update({first(tensors).replace("lora_A", "lora_C"): torch.ones(1)})),
+        edit_tensors(
+            lambda tensors: tensors.update({first(tensors).replace("lora_A", "lora_C"): torch.ones(1)})
+        ),
         "is unexpected",
     ),
     "tensor of no rows": (
@@ -154,11 +168,11 @@ def test_a_faulty_adapter_is_refused(tmp_path: Path, case: str) -> None:
     with pytest.raises(InputError) as caught:
         _peft.load(tmp_path, make_model("llama"))
     assert message in str(caught.value)
-    assert str(tmp_path) in str(caught.value) or "adapter.targets" in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_an_adapter_of_a_wider_base_is_refused(tmp_path: Path) -> None:
     """An adapter trained on another architecture is refused for this one."""
     ours(tmp_path, "gpt2")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="does not fit this base model"):
         _peft.load(tmp_path, make_model("llama"))

@@ -27,7 +27,9 @@ WITH_LAYERS = [name for name in sorted(SETTINGS) if name != "full"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def injected(name: str, architecture: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Method]:
+def injected(
+    name: str, architecture: str, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, Method]:
     """Return a model with the method in it."""
     model = make_model(architecture, dtype)
     method = adapters.build(SETTINGS[name], seed=3)

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from lora_cli.runtime.order import rows_of_step, steps_per_epoch, total_steps
 
 
-@given(num_rows=st.integers(1, 200), batch_size=st.integers(1, 50), seed=st.integers(0, 5), epoch=st.integers(0, 3))
+@given(
+    num_rows=st.integers(1, 200),
+    batch_size=st.integers(1, 50),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+)
 def test_an_epoch_is_a_permutation(num_rows: int, batch_size: int, seed: int, epoch: int) -> None:
     """The steps of an epoch hold every row exactly once, and only the last may be short."""
     per_epoch = steps_per_epoch(num_rows, batch_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,7 +54,9 @@ def test_after_the_warmup_the_curve_is_transformers(
     """After the warm-up each schedule equals transformers' at every step."""
     expected = transformers_curve(make, 50, num_warmup_steps=warmup, **theirs)
     for step in range(warmup, 50):
-        assert multiplier(name, step, total_steps=50, warmup=warmup, **ours) == pytest.approx(expected[step], abs=1e-9)
+        assert multiplier(name, step, total_steps=50, warmup=warmup, **ours) == pytest.approx(
+            expected[step], abs=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,7 +69,7 @@ def test_the_multiplier_stays_in_bounds(name: str, total: int, fraction: float, 
     assert all(0 < rate < 1 for rate in rising)
     assert rising == sorted(set(rising))
     assert all(floor - 1e-12 <= rate <= 1 for rate in falling)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(falling, falling[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(falling))
 
 
 def test_wsd_is_flat_then_linear() -> None:
