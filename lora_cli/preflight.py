@@ -104,7 +104,7 @@ def _check_name(place: str, name: str) -> None:
         raise InputError(f"{place!r}: {name!r} holds a NUL or a line break (use a plain name)")
     if not name.strip():
         raise InputError(f"{place}: the name is empty (give one)")
-    longest = max(len(os.fsencode(part)) for part in Path(name).parts)
+    longest = max(len(os.fsencode(part)) for part in Path(name).parts or (".",))
     if longest > 255 or len(os.fsencode(name)) > 4000:
         raise InputError(
             f"{place}: {name[:40]!r}... has a part of {longest} bytes (at most 255 are possible)"

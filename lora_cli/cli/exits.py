@@ -40,6 +40,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not stop a run
+    run_folder.set(None)
     command = typer.main.get_command(app)
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -47,7 +48,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
     except LoraError as error:
         return _report(error.lines, error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        return _report(["stopped by the keyboard"], 130)
+        return 130
     except MemoryError:
         return _report(["out of memory (lower train.micro_batch_tokens)"], ResourceError.exit_code)
     except Exception as error:  # noqa: BLE001 - where every fault of ours ends; nobody is above
