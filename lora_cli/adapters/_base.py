@@ -139,7 +139,7 @@ def match_targets(model: PreTrainedModel, targets: str | list[str], *, where: st
     Raises:
         InputError: a target matches no linear layer, or the regular expression is not valid.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     linears = linear_layers(model)
     inner = [path for path, module in linears.items() if module is not head]
     if targets == "all-linear":
