@@ -299,6 +299,22 @@ def test_a_missing_terminator_between_turns_is_refused_only_there(make_tokenizer
         encode(tokenizer, chat(*MULTI))
 
 
+def test_a_terminator_before_the_answer_does_not_end_the_turn(make_tokenizer, chat, encode):
+    """Where a template closes an empty thought by the same token, the trained span runs through the answer's own."""
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>"
+        "{% if m['role'] == 'assistant' %}{{ 'thought\n<|im_end|>\n<|im_start|>' }}{% endif %}"
+        "{{ m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    example = encode(tokenizer, chat(*MULTI))
+    expected = [f"thought\n<|im_end|>\n<|im_start|>assistant\n{MULTI[i][1]}<|im_end|>" for i in (1, 3)]
+    assert [
+        tokenizer.decode(example.input_ids[start:end]) for start, end in runs(example.trained)
+    ] == expected
+
+
 def test_a_row_the_template_refuses_is_named_and_the_others_kept(make_tokenizer, chat):
     """The template's own message reaches the user with the row's place; other rows are rendered."""
     tokenizer = make_tokenizer("gemma")
