@@ -7,7 +7,6 @@ A row travels as `Conversation` or `Text` (what the user wrote) -> `Example` (to
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -138,11 +137,3 @@ class Evaluated:
 
     base: Scores
     tuned: Scores
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """Result of the export stage: public folder per format, and the largest logit difference after a reload."""
-
-    folders: dict[str, Path]
-    max_logit_difference: dict[str, float]

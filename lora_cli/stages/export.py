@@ -7,7 +7,7 @@ merged/    a plain transformers model with the update in its weights, and the sa
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from lora_cli.errors import LoraError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
 from lora_cli.publish import published
-from lora_cli.types import Exported
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest logit difference, absolute, between what was written and the live model."""
@@ -41,7 +40,7 @@ _TOKENIZER_FILES = (
 
 
 def run(
-    formats: Sequence[str],
+    targets: Mapping[str, Path],
     model: AdaptedModel,
     method: Method,
     *,
@@ -51,10 +50,9 @@ def run(
     stop_ids: Sequence[int],
     card: str,
     max_shard_bytes: int,
-    targets: dict[str, Path],
     log: Callable[[str], None],
-) -> Exported:
-    """Write each format to its target folder and return the folders with the measured differences.
+) -> dict[str, float]:
+    """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
     `card` is the model card's text. The tokenizer's files are copied from `base` byte for byte.
 
@@ -63,8 +61,8 @@ def run(
         LoraError: what was read back differs from the live model by more than LIMITS; nothing is published.
     """
     differences = {}
-    for form in formats:
-        with published(targets[form], replace=False) as staging:
+    for form, target in targets.items():
+        with published(target) as staging:
             if form == "peft":
                 _peft.write(staging, method, base_name=base_name, revision=revision)
                 difference = _reload_adapter(staging, model)
@@ -73,8 +71,8 @@ def run(
             _check(form, difference, model.model.dtype)
             _add_companions(staging, base, model.model, stop_ids, card)
         differences[form] = difference
-        log(f"export: {targets[form]} ({form}; read back, logits differ by at most {difference:.1e})")
-    return Exported(dict(targets), differences)
+        log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
+    return differences
 
 
 def _check(form: str, difference: float, dtype: torch.dtype) -> None:
