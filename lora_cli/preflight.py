@@ -235,9 +235,7 @@ def _check_new_folder(target: Path, output: Path, recipe: Recipe) -> str:
     _check_outside_base("--output", output, recipe)
     if output.resolve() == target.resolve():
         raise InputError(f"--output: {output} is the folder that is read (choose another one)")
-    if os.path.lexists(output) and not output.is_dir():
-        raise InputError(f"--output: {output} is not a folder (choose another name)")
+    if os.path.lexists(output):
+        raise InputError(f"--output: {output} exists already (choose another folder or remove it)")
     _check_writable("--output", output)
-    if output.is_dir() and os.listdir(output):
-        raise InputError(f"--output: {output} is not empty (choose another folder)")
     return f"--output: {output}: new"

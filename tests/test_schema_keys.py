@@ -1,6 +1,6 @@
 """A key exists only if code outside recipe/ reads it from a value that is a section of the recipe.
 
-Such a value is `x.SECTION`, a name SECTION, a parameter or class attribute annotated with a class of the schema,
+Such a value is `x.SECTION`, a name SECTION, a parameter or class attribute annotated with a schema class,
 or what such a parameter was assigned to. Adapter keys reach the methods as arguments, which must be used.
 """
 

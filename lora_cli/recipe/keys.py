@@ -198,12 +198,15 @@ def _summary(schema: JsonSchema) -> str:
 
 
 def _explain_key(key: Key) -> str:
-    title = (
-        key.path if key.variant is None else f"{key.path} (with {key.path.partition('.')[0]} {key.variant})"
-    )
-    default = "required" if key.required else f"default {json.dumps(key.default)}"
+    block = key.path.partition(".")[0]
+    title = key.path if key.variant is None else f"{key.path} (with {block} {key.variant})"
+    expected, default = key.expected, key.default
+    chooser, chosen = discriminators().get(block, ("", ""))
+    if key.path == f"{block}.{chooser}":
+        title, expected, default = key.path, "one of " + ", ".join(variants(block)), chosen
     documentation = " ".join(key.schema.get("description", "").split())
-    return f"{title}: {key.expected}; {default}\n    {documentation}"
+    shown = "required" if key.required else f"default {json.dumps(default)}"
+    return f"{title}: {expected}; {shown}\n    {documentation}"
 
 
 def _explain_block(block: Key) -> Iterator[str]:

@@ -217,7 +217,7 @@ def _adapter(folder: Path) -> None:
         ("merge", ["adapter", "--output", "out", "model.base=./base", "--dtype", "int8"], ["Invalid value"]),
         ("merge", ["adapter", "--output", "base", "model.base=./base"], ["in the base model's folder"]),
         ("merge", ["adapter", "--output", "adapter", "model.base=./base"], ["is the folder that is read"]),
-        ("merge", ["adapter", "--output", "rows.jsonl", "model.base=./base"], ["rows.jsonl is not a folder"]),
+        ("merge", ["adapter", "--output", "rows.jsonl", "model.base=./base"], ["rows.jsonl exists already"]),
         ("lora", [], ["Missing command"]),
         ("lora", ["trian"], ["No such command 'trian'"]),
         ("lora", ["train", "no.yaml"], ["no.yaml: no such file"]),

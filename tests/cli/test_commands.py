@@ -14,6 +14,7 @@ from lora_cli import __version__, pipeline, preflight
 from lora_cli.errors import DivergedError, GateError, InputError, ResourceError, Stopped
 from lora_cli.recipe.gates import Gate
 from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.schema import Recipe
 
 GOOD = "model: {base: ./base}\ndata: {train: rows.jsonl, eval: rows.jsonl}\nrun: {output: out}\n"
 
@@ -64,7 +65,9 @@ def test_train_hands_the_recipe_and_the_options_to_the_pipeline(
     arguments = ["r.yaml", "train.epochs=2", "--overwrite", "--min", "token_accuracy=0.5", "--max", "loss=2"]
     assert run_here(capsys, "train", *arguments).code == 0
     (call,) = calls
-    assert call["recipe"] == load_recipe(folder / "r.yaml", ["train.epochs=2"]).model_copy() or call["recipe"]
+    recipe = call["recipe"]
+    assert isinstance(recipe, Recipe)
+    assert recipe.resolved() == load_recipe(folder / "r.yaml", ["train.epochs=2"]).resolved()
     assert (call["resume"], call["overwrite"]) == (False, True)
     assert call["gates"] == (Gate("token_accuracy", 0.5, "min"), Gate("loss", 2.0, "max"))
 
