@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ from lora_cli.errors import InputError, ResourceError
 from lora_cli.types import Example
 
 CACHE_FORMAT = 1
+LEFTOVER_SECONDS = 24 * 3600
 _FILES = ("tokens.bin", "trained.bin", "offsets.npy", "lines.npy")
 
 
@@ -68,7 +70,7 @@ class TokenCache:
             self._lines = np.load(folder / "lines.npy", allow_pickle=False)
             self._tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
             self._trained = np.memmap(folder / "trained.bin", dtype=np.bool_, mode="r")
-        except (OSError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, EOFError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: not a complete token cache: {error}") from error
         self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)  # (R,)
 
@@ -113,12 +115,19 @@ class CacheWriter:
     def __enter__(self) -> Self:
         try:
             self._folder.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
             self._hidden = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}-", dir=self._folder.parent))
             self._tokens: IO[bytes] = (self._hidden / "tokens.bin").open("wb")
             self._trained: IO[bytes] = (self._hidden / "trained.bin").open("wb")
         except OSError as error:
             raise _write_fault(self._folder, error) from error
         return self
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed processes left of this cache; a folder of today may belong to one at work."""
+        for left in self._folder.parent.glob(f".{self._folder.name}-*"):
+            if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
     def add(self, example: Example, line: int) -> None:
         """Append one row."""

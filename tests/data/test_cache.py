@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,15 @@ def test_a_damaged_folder_is_replaced(tmp_path):
     (tmp_path / "a" / "tokens.bin").write_bytes(b"")
     write(tmp_path / "a")
     assert len(TokenCache(tmp_path / "a", verify=True)) == 4
+
+
+def test_leftovers_of_killed_processes(tmp_path):
+    """A hidden folder of yesterday is removed when the same cache is written; one of today is left alone."""
+    for name, age in ((".a-old", 100_000), (".a-new", 10), (".b-old", 100_000)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write(tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a-new", ".b-old", "a"]
 
 
 def test_a_full_disk_and_a_forbidden_folder(tmp_path, monkeypatch):

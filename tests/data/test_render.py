@@ -300,7 +300,7 @@ def test_a_missing_terminator_between_turns_is_refused_only_there(make_tokenizer
 
 
 def test_a_terminator_before_the_answer_does_not_end_the_turn(make_tokenizer, chat, encode):
-    """Where a template closes an empty thought by the same token, the span runs through the one of the answer."""
+    """Where a template closes a thought by the same token, the span runs through the answer's own."""
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>"
