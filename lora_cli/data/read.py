@@ -140,7 +140,7 @@ def _parquet(name: str, path: Path, _faults: Faults) -> Iterator[tuple[int, Valu
                 for values in batch.to_pylist():
                     number += 1
                     yield number, values
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
         reason = str(error).split("\n")[0]
         raise InputError(f"{name}: damaged parquet file after row {number}: {reason}") from error
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lora_cli.data import lines, read
 from lora_cli.data.faults import Faults
@@ -75,11 +77,14 @@ def test_parquet(tmp_path):
     assert rows[1].where.endswith("a.parquet: row 2")
 
 
-def _parquet_half() -> bytes:
+def _parquet() -> bytes:
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table({"text": ["a" * 500, "b"] * 50}), buffer)
-    whole = buffer.getvalue().to_pybytes()
-    return whole[: len(whole) // 2]
+    table = pa.table({"text": ["a" * 50, "b"] * 5})
+    pq.write_table(table, buffer, compression="none", use_dictionary=False)  # so that damage reaches the text
+    return buffer.getvalue().to_pybytes()
+
+
+_PARQUET = _parquet()
 
 
 def _zip() -> bytes:
@@ -147,7 +152,7 @@ FAULTS: dict[str, tuple[str, bytes, str]] = {
     "zip": ("a.jsonl", _zip(), "a zip archive"),
     "parquet as lines": ("a.jsonl", b"PAR1xxxx", "a parquet file (name it .parquet)"),
     "LFS pointer": ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-    "cut parquet": ("a.parquet", _parquet_half(), "damaged parquet file after row 0"),
+    "cut parquet": ("a.parquet", _PARQUET[: len(_PARQUET) // 2], "damaged parquet file after row 0"),
     "lines as parquet": ("a.parquet", GOOD.encode(), "not a parquet file"),
     "unknown type": ("a.yaml", b"text: a\n", "unknown file type '.yaml'"),
     "no type": ("a", b"text\n", "unknown file type ''"),
@@ -168,6 +173,47 @@ def test_a_fault_is_named_by_file_and_line(tmp_path, name):
     assert len(caught.value.lines) == 1
     with pytest.raises(InputError):
         check_head(Data(train=str(path)), "train")
+
+
+FRAGMENTS = [
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    ":",
+    ",",
+    "\n",
+    "\r",
+    "text",
+    '{"text": "a"}',
+    "1",
+    "null",
+    "NaN",
+    "PAR1",
+    "é",
+    "\0",
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(max_size=60)
+    | st.lists(st.sampled_from(FRAGMENTS), max_size=25).map(lambda parts: "".join(parts).encode())
+    | st.integers(0, len(_PARQUET) - 1).map(lambda place: _PARQUET[:place] + b"\xff" + _PARQUET[place + 1 :])
+)
+def test_any_bytes_give_rows_or_an_input_error(tmp_path, suffix, content):
+    """No content makes a reader fail otherwise than by an InputError that names the file."""
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    for look in (rows_of, lambda path: check_head(Data(train=str(path)), "train")):
+        said = str(path)
+        try:
+            look(path)
+        except InputError as fault:
+            said = str(fault)
+        assert str(path) in said
 
 
 def test_paths_that_are_no_files(tmp_path):
