@@ -153,9 +153,11 @@ def _faults(draft: _Draft, error: ValidationError) -> Iterator[str]:
     """Yield one line per key at fault, and take these keys out of the draft."""
     found: dict[Path_, str] = {}
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
-        path = _key_path(draft.values, detail["loc"], detail["type"])
-        if path not in found or detail["type"] in ("extra_forbidden", "missing"):
-            found[path] = detail["type"]
+        # An item that a list lacks or has too much is a fault of the list's value, not of a key.
+        kind = detail["type"] if isinstance(detail["loc"][-1], str) else "value"
+        path = _key_path(draft.values, detail["loc"], kind)
+        if path not in found or kind in ("extra_forbidden", "missing"):
+            found[path] = kind
     paths = [path for path in found if not any(path[:end] in found for end in range(1, len(path)))]
     unknown = {path: _unknown(draft, path) for path in paths if found[path] == "extra_forbidden"}
     for path in paths:

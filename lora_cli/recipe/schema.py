@@ -11,55 +11,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PrivateAttr
+
+from lora_cli.recipe.section import Conflict as Conflict
+from lora_cli.recipe.section import Section as Section
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
-
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """A rule that joins keys and is broken: `key` is the one complained about, `reads` the others it depends on.
-
-    Keys are full paths (`train.warmup`). The rule is not reported when one of its keys has a fault of its own.
-    """
-
-    key: str
-    message: str
-    reads: tuple[str, ...] = ()
-
-
-class Section(BaseModel):
-    """Base of every block: unknown keys refused, no silent type conversion, docstrings become descriptions."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        validate_default=True,
-    )
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield every broken rule that joins keys of this block."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _no_conflicts(self, info: ValidationInfo) -> Self:
-        found = list(self.conflicts())
-        if isinstance(info.context, list):  # the loader collects them, to report all in one pass
-            info.context.extend(found)
-        elif found:
-            text = "; ".join(f"{conflict.key}: {conflict.message}" for conflict in found)
-            raise PydanticCustomError("conflict", "{text}", {"text": text})
-        return self
 
 
 def _regex_fault(pattern: str) -> str | None:
@@ -255,7 +216,7 @@ class Train(Section):
 class Evaluate(Section):
     """Scores of the base and of the tuned model on the held-out rows."""
 
-    metrics: list[Literal["loss", "exact_match"]] = ["loss"]
+    metrics: list[Literal["loss", "exact_match"]] = Field(default=["loss"])
     """loss: loss, perplexity and token accuracy. exact_match: generate each row's last answer and compare."""
     max_generated_rows: PositiveInt | None = None
     """Generate for only the first so many held-out rows. null: all."""

@@ -101,6 +101,8 @@ def test_every_problem_is_told_in_one_pass_in_the_order_of_the_file(tmp_path: Pa
         ("model: {base: 7}", "1:9: model.base: found 7 (must be text; put it in quotes)"),
         ("model: {dtype: bf16}", "(must be one of bfloat16, float32; did you mean bfloat16?)"),
         ("data: {max_length: '8'}", "(must be an integer from 8 to 1048576; remove the quotes)"),
+        ("train: {betas: [0.9]}", "1:9: train.betas: found a list, [0.9] (must be a list of a number"),
+        ("train: {betas: [0.9, 0.9, 0.9]}", "train.betas: found a list, [0.9, 0.9, 0.9] (must be a list of"),
         ("train: 5", "found 5 (must be a block of keys: epochs, max_steps"),
         ("data: {fields: {prompt: x}}", "1:8: data.fields.completion: is missing (text)"),
         ("data: {fields: {prompt: x, completion: {a}}}", 'found a block, {"a": null} (must be text; put'),
