@@ -82,11 +82,11 @@ def check_model_folder(path: Path) -> ModelHeader:
     problems.extend(_tokenizer_faults(path))
     if problems:
         raise InputError(problems)
-    text = config.get("text_config")
+    text, names = config.get("text_config"), config.get("architectures")
     tied = text.get("tie_word_embeddings", False) if isinstance(text, dict) else False
     return ModelHeader(
         model_type=str(config["model_type"]),
-        architectures=tuple(str(name) for name in config.get("architectures") or ()),
+        architectures=tuple(map(str, names)) if isinstance(names, list) else (),
         parameters=sum(count for _, count, _ in tensors.values()),
         bytes=sum(size for _, _, size in tensors.values()),
         dtypes=tuple(sorted({dtype for dtype, _, _ in tensors.values()})),
@@ -117,17 +117,20 @@ def _size_faults(path: Path, config: dict[str, Any], stored: int) -> Iterator[st
         yield f"{path / 'config.json'}: {told} (download it again)"
 
 
-def _code_keys(value: Any, path: str = "") -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            name = f"{path}.{key}" if path else key
-            if key in _CODE_KEYS and inner not in (None, False):
-                yield name
-            else:
-                yield from _code_keys(inner, name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _code_keys(inner, path)
+def _code_keys(config: dict[str, Any]) -> Iterator[str]:
+    """Yield the path of every key that names code; a stack, because JSON may nest deeper than Python recurses."""
+    stack: list[tuple[str, Any]] = [("", config)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, list):
+            stack.extend((path, inner) for inner in value)
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                name = f"{path}.{key}" if path else key
+                if key in _CODE_KEYS and inner not in (None, False):
+                    yield name
+                else:
+                    stack.append((name, inner))
 
 
 def _parameter_estimate(config: dict[str, Any]) -> float:

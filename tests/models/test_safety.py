@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_folders import safetensors_bytes, shard, write_model
+from model_folders import CONFIG, safetensors_bytes, shard, write_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -161,6 +162,25 @@ def test_a_file_that_safetensors_wrote_is_read_alike(tmp_path: Path) -> None:
     }
     assert {name: size for name, (_, _, size) in found.items()} == {n: t.nbytes for n, t in tensors.items()}
     assert found["a"][0] == "BF16"
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(values=st.dictionaries(st.sampled_from([*CONFIG, "text_config", "auto_map", "n_positions"]), _json))
+def test_any_config_is_judged(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
+    """Whatever JSON stands in a config, the folder is let through or refused with an InputError."""
+    folder = write_model(tmp_path_factory.mktemp("config"), **values)
+    try:
+        header = check_model_folder(folder)
+    except InputError:
+        return
+    assert header.parameters == 40
 
 
 @settings(max_examples=150, deadline=None)
