@@ -48,7 +48,7 @@ def train(
     Raises:
         LoraError: see `errors.py`; its exit code says which kind of fault it is.
     """
-    folder = RunFolder(Path(recipe.run.output))
+    folder = RunFolder(Path(recipe.run.output).expanduser())
     seconds: dict[str, float] = {}
     with _started(recipe) as (rt, log):
         finished = None if overwrite else folder.finished()
@@ -65,8 +65,9 @@ def train(
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         with _timed(seconds, "inject"):
             model, method = inject.run(
-                base, recipe.model.dtype, recipe.adapter, recipe.run.seed, rt, log.line
-            )
+                base, recipe.model.dtype, recipe.adapter,
+                max_length=recipe.data.max_length, seed=recipe.run.seed, rt=rt, log=log.line,
+            )  # fmt: skip
         resume_step = _begin(folder, recipe, resume, rt, log)
         with _timed(seconds, "train"):
             trained = train_stage.run(
@@ -102,7 +103,8 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
             recipe.data, recipe.objective.train_on, load_tokenizer(base), rt, log.line, need_train=False
         )
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
-        model = load_model(base, dtype=DTYPES[recipe.model.dtype], device=rt.device)
+        dtype, longest = DTYPES[recipe.model.dtype], recipe.data.max_length
+        model = load_model(base, dtype=dtype, device=rt.device, max_length=longest)
         layers = _peft.load(adapter, model).layers if adapter is not None else {}
         scores = evaluate_stage.run(
             recipe.evaluate, AdaptedModel(model, layers), objective, prepared,

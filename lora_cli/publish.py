@@ -10,12 +10,13 @@ notice damaged content (a flipped bit loads without an error), so `verify` compa
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,39 @@ from lora_cli.errors import InputError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+
+
+class Staging:
+    """A hidden folder beside `target`; it becomes `target` by `publish`, or vanishes by `discard`."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.path = target.parent / f".tmp-{target.name}-{os.getpid()}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir()
+
+    def publish(self, facts: dict[str, Any]) -> None:
+        """Flush every file, write the manifest with `facts`, and take the target's place, whoever stands there."""
+        _write_manifest(self.path, facts)
+        displaced = self.target.parent / f".old-{self.target.name}-{os.getpid()}"
+        while True:
+            with suppress(FileNotFoundError):
+                os.rename(self.target, displaced)
+            try:
+                os.rename(self.path, self.target)
+                break
+            except OSError as error:
+                # Another process has published the same target since; ours takes its place in the next round.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(displaced, ignore_errors=True)
+        _sync(self.target.parent)
+        shutil.rmtree(displaced, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 @contextmanager
@@ -36,26 +70,17 @@ def published(target: Path, *, replace: bool = False, facts: dict[str, Any] | No
     """
     if target.exists() and not replace:
         raise InputError(f"{target}: exists already (choose another folder or remove it)")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f".tmp-{target.name}-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    staging = Staging(target)
     try:
-        yield staging
-        _write_manifest(staging, facts or {})
-        displaced = target.parent / f".old-{target.name}-{os.getpid()}"
-        if target.exists():
-            os.rename(target, displaced)
-        os.rename(staging, target)
-        _sync(target.parent)
-        shutil.rmtree(displaced, ignore_errors=True)
+        yield staging.path
+        staging.publish(facts or {})
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        staging.discard()
         raise
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a published folder after comparing every file with it.
+def verify(folder: Path, *, contents: bool = True) -> dict[str, Any]:
+    """Return the manifest of a published folder after comparing every file with it; without `contents` only sizes.
 
     Raises:
         InputError: the manifest is missing or unreadable, or a file is missing or differs from it.
@@ -67,7 +92,8 @@ def verify(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: {MANIFEST} is missing or unreadable") from error
     for name, entry in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["size"] or sha256_of(path) != entry["sha256"]:
+        same = path.is_file() and path.stat().st_size == entry["size"]
+        if not same or (contents and sha256_of(path) != entry["sha256"]):
             raise InputError(f"{path}: missing or damaged (its size or sha256 differs from {MANIFEST})")
     return manifest
 
@@ -106,9 +132,8 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
         name = path.relative_to(folder).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
-    (folder / MANIFEST).write_text(
-        json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    # No line break at the end: a manifest that lost its last byte must not parse.
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
     _sync(folder / MANIFEST)
     for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         _sync(path)

@@ -85,7 +85,7 @@ class Prepared:
     train: Examples | None
     eval: Examples | None
     tokenizer: Any
-    """The transformers fast tokenizer, with pad and terminator settled and the chat template in place."""
+    """The transformers fast tokenizer, unchanged; how it pads and ends an answer is in the next two."""
     pad_id: int
     stop_ids: tuple[int, ...]
     """Terminators: the tokens that end an answer, in training and in generation."""

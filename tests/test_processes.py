@@ -184,3 +184,24 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path, base: Path) -> None:
     assert time.monotonic() - started < 5
     assert process.returncode in (-signal.SIGINT, 130)
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_two_processes_tell_one_fault(tmp_path: Path, base: Path) -> None:
+    """Under torchrun a bad row is told once, and no process is left waiting for the other."""
+    recipe = write_recipe(tmp_path, base)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write("{not json\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    two = subprocess.run(
+        [*torchrun, *endpoint, "-m", "lora_cli", str(recipe)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert two.returncode != 0
+    told = [line for line in two.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "train.jsonl:41" in told[0]
+    assert not (tmp_path / "run").exists()

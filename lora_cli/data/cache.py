@@ -1,16 +1,15 @@
 """Tokenized splits on disk, read through memory maps.
 
 A cache is a folder named after the fingerprint of all that decides its content: the data's bytes, the
-tokenizer, its chat template, the recipe's data settings and `CACHE_FORMAT`. It is written beside its place
-under a hidden name, synchronised to disk, and published by one rename, so it is complete or it is not there.
-The main process checks the sha256 of every file before it uses one; a damaged cache is removed and written
-again.
+tokenizer, its chat template, the recipe's data settings and `CACHE_FORMAT`. `publish.py` makes it appear by one
+rename, so it is complete or it is not there. The main process compares every file with the manifest before it
+uses one; a damaged cache is written again.
 
-    tokens.bin   int32, all rows one after the other
-    trained.bin  uint8, 1 = the token is trained
-    offsets.npy  int64 (R + 1,), where each row begins
-    lines.npy    int64 (R,), the line (row) of each in its file
-    meta.json    counts, and bytes and sha256 of each file
+    tokens.bin     int32, all rows one after the other
+    trained.bin    uint8, 1 = the token is trained
+    offsets.npy    int64 (R + 1,), where each row begins
+    lines.npy      int64 (R,), the line (row) of each in its file
+    manifest.json  counts, and size and sha256 of each file
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -31,11 +27,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_cli.errors import InputError, ResourceError
+from lora_cli.publish import Staging, sweep, verify
 from lora_cli.types import Example
 
-CACHE_FORMAT = 1
-LEFTOVER_SECONDS = 24 * 3600
-_FILES = ("tokens.bin", "trained.bin", "offsets.npy", "lines.npy")
+CACHE_FORMAT = 2
 
 
 def cache_root() -> Path:
@@ -57,14 +52,13 @@ class TokenCache:
     """The tokenized rows of a published folder; satisfies `types.Examples`.
 
     Raises:
-        ValueError: if the folder is missing, incomplete or, with `verify`, not what was written.
+        ValueError: if the folder is missing, incomplete or, with `check`, not what was written (without it only
+            sizes are compared).
     """
 
-    def __init__(self, folder: Path, *, verify: bool) -> None:
+    def __init__(self, folder: Path, *, check: bool) -> None:
+        self.meta: dict[str, Any] = verify(folder, contents=check)
         try:
-            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            for name in _FILES:
-                _check_file(folder / name, self.meta["files"][name], verify=verify)
             self.fingerprint: str = self.meta["fingerprint"]
             self._offsets = np.load(folder / "offsets.npy", allow_pickle=False)
             self._lines = np.load(folder / "lines.npy", allow_pickle=False)
@@ -89,15 +83,6 @@ class TokenCache:
         return int(self._lines[index])
 
 
-def _check_file(path: Path, known: Mapping[str, Any], *, verify: bool) -> None:
-    if path.stat().st_size != known["bytes"]:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, {known['bytes']} were written")
-    if verify:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
-                raise ValueError(f"{path}: not the bytes that were written")
-
-
 class CacheWriter:
     """Writes one cache; leaving the context without `publish`, or by an exception, leaves nothing behind.
 
@@ -114,20 +99,13 @@ class CacheWriter:
 
     def __enter__(self) -> Self:
         try:
-            self._folder.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            self._hidden = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}-", dir=self._folder.parent))
-            self._tokens: IO[bytes] = (self._hidden / "tokens.bin").open("wb")
-            self._trained: IO[bytes] = (self._hidden / "trained.bin").open("wb")
+            sweep(self._folder.parent)
+            self._staging = Staging(self._folder)
+            self._tokens: IO[bytes] = (self._staging.path / "tokens.bin").open("wb")
+            self._trained: IO[bytes] = (self._staging.path / "trained.bin").open("wb")
         except OSError as error:
             raise _write_fault(self._folder, error) from error
         return self
-
-    def _remove_leftovers(self) -> None:
-        """Remove what killed processes left of this cache; a folder of today may belong to one at work."""
-        for left in self._folder.parent.glob(f".{self._folder.name}-*"):
-            if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
 
     def add(self, example: Example, line: int) -> None:
         """Append one row."""
@@ -140,26 +118,15 @@ class CacheWriter:
         self._lines.append(line)
 
     def publish(self, extra: Mapping[str, Any]) -> None:
-        """Complete the folder and give it its name; `extra` joins meta.json."""
+        """Complete the folder and give it its name; `extra` joins the manifest."""
         try:
             self._tokens.close()
             self._trained.close()
             offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64)
-            np.save(self._hidden / "offsets.npy", offsets, allow_pickle=False)
-            np.save(self._hidden / "lines.npy", np.array(self._lines, dtype=np.int64), allow_pickle=False)
-            files = {name: _seal(self._hidden / name) for name in _FILES}
-            meta = {**extra, "fingerprint": self._name, "rows": len(self._lines), "files": files}
-            (self._hidden / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-            _seal(self._hidden / "meta.json")
-            _sync_folder(self._hidden)
-            # A folder that is already here is damaged, or another process has just published the same.
-            shutil.rmtree(self._folder, ignore_errors=True)
-            try:
-                self._hidden.rename(self._folder)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            _sync_folder(self._folder.parent)
+            np.save(self._staging.path / "offsets.npy", offsets, allow_pickle=False)
+            lines = np.array(self._lines, dtype=np.int64)
+            np.save(self._staging.path / "lines.npy", lines, allow_pickle=False)
+            self._staging.publish({**extra, "fingerprint": self._name, "rows": len(self._lines)})
         except OSError as error:
             raise _write_fault(self._folder, error) from error
 
@@ -168,22 +135,7 @@ class CacheWriter:
     ) -> None:
         self._tokens.close()
         self._trained.close()
-        shutil.rmtree(self._hidden, ignore_errors=True)
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        self._staging.discard()
 
 
 def _write_fault(folder: Path, error: OSError) -> InputError | ResourceError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from lora_cli.errors import InputError
+from lora_cli.errors import InputError, LoraError
 
 
 @dataclass
@@ -39,6 +39,20 @@ class Runtime:
         """Wait until every process is here."""
         if self.world_size > 1:
             torch.distributed.barrier()
+
+    def in_main(self, work: Callable[[], None]) -> None:
+        """Do `work` in the main process while the others wait; where it fails, every process raises."""
+        fault: LoraError | None = None
+        if self.is_main:
+            try:
+                work()
+            except LoraError as error:
+                fault = error
+        (failed,) = self.sum([float(fault is not None)])
+        if fault is not None:
+            raise fault
+        if failed:
+            raise InputError("the main process found a fault, see its message")
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return each value summed over all processes, in float64: exact for counts."""

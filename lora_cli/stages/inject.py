@@ -16,14 +16,21 @@ from lora_cli.runtime.dist import Runtime
 
 
 def run(
-    folder: Path, dtype: str, adapter: Adapter, seed: int, rt: Runtime, log: Callable[[str], None]
+    folder: Path,
+    dtype: str,
+    adapter: Adapter,
+    *,
+    max_length: int,
+    seed: int,
+    rt: Runtime,
+    log: Callable[[str], None],
 ) -> tuple[AdaptedModel, Method]:
     """Return the base of `folder` with the method injected, ready to train.
 
     Raises:
         InputError: the model cannot be loaded, or a target matches nothing in it.
     """
-    model = load_model(folder, dtype=DTYPES[dtype], device=rt.device)
+    model = load_model(folder, dtype=DTYPES[dtype], device=rt.device, max_length=max_length)
     method = adapters.build(adapter, seed)
     layers = method.inject(model)
     trainable = method.trainable(model)

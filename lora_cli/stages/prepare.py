@@ -37,9 +37,7 @@ Split = Literal["train", "eval"]
 class Processes(Protocol):
     """What this stage needs to know of the runtime."""
 
-    @property
-    def is_main(self) -> bool: ...
-    def barrier(self) -> None: ...
+    def in_main(self, work: Callable[[], None]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +75,12 @@ def run(
     pad_id, stop_ids = settle_special_tokens(tokenizer, template)
     worker = _Worker(data, train_on, tokenizer, template)
     folders = {job.split: worker.folder(job) for job in jobs}
-    if rt.is_main:
+
+    def build() -> None:
         for job in jobs:
             worker.ensure(job, log)
-    rt.barrier()
+
+    rt.in_main(build)
     opened = {split: _open(folder) for split, folder in folders.items()}
     return Prepared(
         train=opened.get("train"),
@@ -116,7 +116,7 @@ def _find_jobs(data: Data, *, need_train: bool) -> list[_Job]:
 
 def _open(folder: Path) -> TokenCache:
     try:
-        return TokenCache(folder, verify=False)
+        return TokenCache(folder, check=False)
     except ValueError as error:
         raise InputError(f"{folder}: the token cache disappeared while it was used (start again)") from error
 
@@ -163,7 +163,7 @@ class _Worker:
         began = time.monotonic()
         folder = self.folder(job)
         try:
-            cache, origin = TokenCache(folder, verify=True), "cached"
+            cache, origin = TokenCache(folder, check=True), "cached"
         except ValueError:
             self._build(job, folder)
             cache, origin = _open(folder), f"{time.monotonic() - began:.1f} s"

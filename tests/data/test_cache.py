@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import time
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from lora_cli.data.cache import CacheWriter, TokenCache, cache_root, fingerprint
 from lora_cli.errors import InputError, ResourceError
 from lora_cli.types import Example
 
-FILES = ["tokens.bin", "trained.bin", "offsets.npy", "lines.npy", "meta.json"]
+FILES = ["tokens.bin", "trained.bin", "offsets.npy", "lines.npy", "manifest.json"]
 
 
 def examples() -> list[Example]:
@@ -36,7 +36,7 @@ def write(folder: Path) -> None:
 def test_round_trip(tmp_path):
     """Ids, masks, lengths, lines, fingerprint and counts come back; rows are read-only views."""
     write(tmp_path / "tokens" / "a")
-    cache = TokenCache(tmp_path / "tokens" / "a", verify=True)
+    cache = TokenCache(tmp_path / "tokens" / "a", check=True)
     assert len(cache) == 4
     assert cache.lengths.tolist() == [1, 7, 300, 2]
     assert [cache.line(index) for index in range(4)] == [3, 4, 5, 6]
@@ -69,12 +69,11 @@ def test_damage_is_found(tmp_path, name, damage):
         changed = {"empty": b"", "shorter": content[:-1], "longer": content + b"}", "flipped": flipped}
         path.write_bytes(changed[damage])
     with pytest.raises(ValueError):
-        TokenCache(tmp_path / "a", verify=True)
-    if (
-        damage != "flipped" and name != "meta.json"
-    ):  # found by its size alone, as processes beside the main one do
+        TokenCache(tmp_path / "a", check=True)
+    # A file of another size is found without reading it, as processes beside the main one do.
+    if damage != "flipped" and name != "manifest.json":
         with pytest.raises(ValueError):
-            TokenCache(tmp_path / "a", verify=False)
+            TokenCache(tmp_path / "a", check=False)
 
 
 def test_nothing_is_left_without_publish(tmp_path):
@@ -92,16 +91,17 @@ def test_a_damaged_folder_is_replaced(tmp_path):
     write(tmp_path / "a")
     (tmp_path / "a" / "tokens.bin").write_bytes(b"")
     write(tmp_path / "a")
-    assert len(TokenCache(tmp_path / "a", verify=True)) == 4
+    assert len(TokenCache(tmp_path / "a", check=True)) == 4
 
 
 def test_leftovers_of_killed_processes(tmp_path):
-    """A hidden folder of yesterday is removed when the same cache is written; one of today is left alone."""
-    for name, age in ((".a-old", 100_000), (".a-new", 10), (".b-old", 100_000)):
-        (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    """A hidden folder of a process that is gone is removed when a cache is written; one of a living process stays."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f".tmp-b-{pid}").mkdir()
     write(tmp_path / "a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a-new", ".b-old", "a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".tmp-b-{os.getppid()}", "a"]
 
 
 def test_a_full_disk_and_a_forbidden_folder(tmp_path, monkeypatch):

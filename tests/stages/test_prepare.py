@@ -35,7 +35,9 @@ class Process:
         self.is_main = is_main
         self._at_barrier = at_barrier
 
-    def barrier(self) -> None:
+    def in_main(self, work: Callable[[], None]) -> None:
+        if self.is_main:
+            work()
         self._at_barrier()
 
 
