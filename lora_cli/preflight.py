@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from lora_cli.errors import InputError
-from lora_cli.models.safety import check_model_folder
+from lora_cli.models.safety import TINY, check_model_folder
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime.run_folder import OURS, RECIPE_FILE, RunFolder
 
-TINY = Path(__file__).resolve().parent / "assets" / "tiny"
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")

@@ -21,9 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from lora_cli.errors import InputError
-from lora_cli.models.safety import check_model_folder
+from lora_cli.models.safety import TINY, check_model_folder
 
-TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "*.model"]

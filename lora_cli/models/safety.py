@@ -15,6 +15,9 @@ from typing import Any
 from lora_cli.errors import InputError
 from lora_cli.models.weight_files import Tensors, read_headers, read_json
 
+TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+"""The bundled base model."""
+
 MAX_PARAMETERS = 10**13
 _CODE_KEYS = (
     "auto_map",
