@@ -69,14 +69,15 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """Return a random model of the named architecture whose biases are not zero."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    # Made in its dtype, not cast: a cast would round the rotary frequencies, which stay float32 in a loaded model.
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):
                 parameter.normal_(std=0.1)
             elif parameter.dim() > 1:
                 parameter.normal_(std=0.15)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def make_rows(number: int, seed: int = 0, vocabulary: int = 96) -> list[Example]:

@@ -81,7 +81,7 @@ def test_two_processes_train_as_one(tmp_path: Path, base: Path) -> None:
 def test_a_signal_saves_and_the_run_resumes(
     tmp_path: Path, base: Path, number: signal.Signals, code: int
 ) -> None:
-    """A signal in training saves and exits 130 or 143; --resume ends with the uninterrupted run's adapter, bit by bit."""
+    """A signal saves and exits 130 or 143; --resume ends with the adapter of a run that was not stopped, bit by bit."""
     settings = {"train__epochs": 60, "train__schedule": "constant"}
     straight = lora("train", write_recipe(tmp_path / "straight", base, **settings))
     assert straight.returncode == 0, straight.stderr

@@ -130,7 +130,9 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if isinstance(module, BASE_LINEARS)}
 
 
-def match_targets(model: PreTrainedModel, targets: str | list[str], *, where: str = "adapter.targets") -> list[str]:
+def match_targets(
+    model: PreTrainedModel, targets: str | list[str], *, where: str = "adapter.targets"
+) -> list[str]:
     """Return the paths of the linear layers that `targets` names, in the model's order; `where` heads a message.
 
     `all-linear` is every linear layer but the output head; `attention` and `mlp` are those inside such blocks; a list
