@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     """Return a random model of the named architecture whose biases are not zero."""
     torch.manual_seed(seed)
     # Made in its dtype, not cast: a cast would round the rotary frequencies, which stay float32 in a loaded model.
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=dtype)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):
