@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +40,9 @@ def train(
     if check:
         typer.echo("\n".join([f"{recipe}: every key is valid", *checked, "nothing was trained (--check)"]))
         return
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+        method, base = settings.adapter.method, settings.model.base
+        typer.echo(f"{recipe}: {settings.objective.name} with {method} on {base} -> {settings.run.output}")
     from lora_cli import pipeline  # imports torch: seconds, which no fault above should cost
 
     pipeline.train(settings, resume=resume, overwrite=overwrite, gates=gates)

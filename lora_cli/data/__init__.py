@@ -1,0 +1,1 @@
+"""Rows -> text -> tokens: reading, formats, rendering, the trained mask, the token cache."""
