@@ -26,7 +26,8 @@ def _recipe(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema, for editors.")] = False,
 ) -> None:
     """Explain the recipe: its keys, a resolved recipe, its JSON Schema."""
-    from lora_cli.recipe.load import explain, json_schema
+    from lora_cli.recipe.explain import explain
+    from lora_cli.recipe.keys import json_schema
 
     if schema:
         typer.echo(json.dumps(json_schema(), indent=2))
@@ -40,7 +41,7 @@ def _explain(
     ] = "",
 ) -> None:
     """Print type, default and documentation of a key or block."""
-    from lora_cli.recipe.load import explain
+    from lora_cli.recipe.explain import explain
 
     typer.echo(explain(key))
 
@@ -52,6 +53,7 @@ def _show(
     overrides: Overrides = None,
 ) -> None:
     """Print the recipe with overrides applied and every default written out."""
-    from lora_cli.recipe.load import dump_recipe, load_recipe
+    from lora_cli.recipe.dump import dump_recipe
+    from lora_cli.recipe.load import load_recipe
 
     typer.echo(dump_recipe(load_recipe(recipe, overrides or ())), nl=False)

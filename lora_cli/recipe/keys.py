@@ -1,4 +1,4 @@
-"""What the schema says about its keys: a table of paths, their types in words, `explain` and the JSON Schema.
+"""What the schema says about its keys: a table of paths, their types in words, and the JSON Schema.
 
 All is read from the JSON Schema that pydantic generates: it is uniform where the annotations are not (unions,
 bounds, literals and defaults have one form each).
@@ -6,13 +6,11 @@ bounds, literals and defaults have one form each).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from lora_cli.errors import InputError
 from lora_cli.recipe.schema import Recipe
 
 JsonSchema = dict[str, Any]
@@ -77,7 +75,7 @@ def discriminators() -> dict[str, tuple[str, str]]:
     """Return the key that chooses between a block's variants, and its default: adapter -> (method, lora)."""
     found = {}
     for name, schema in _schema()["properties"].items():
-        for option in _options(schema):
+        for option in options_of(schema):
             if "discriminator" in option:
                 key = option["discriminator"]["propertyName"]
                 found[name] = (key, getattr(getattr(Recipe(), name), key))
@@ -86,35 +84,13 @@ def discriminators() -> dict[str, tuple[str, str]]:
 
 def variants(block: str) -> list[str]:
     """Return the names a block's variants have: adapter -> lora, full."""
-    options = _options(_schema()["properties"][block])
+    options = options_of(_schema()["properties"][block])
     return [name for option in options for name in option.get("discriminator", {}).get("mapping", {})]
 
 
 def top_level() -> list[str]:
     """Return the names of the blocks: model, data, adapter, ..."""
     return list(_schema()["properties"])
-
-
-def explain(key: str) -> str:
-    """Return type, default and documentation of a key, or of a block with all its keys.
-
-    Raises:
-        InputError: there is no such key; the nearest one is suggested.
-    """
-    if key in ("", "recipe"):
-        lines = [_schema()["description"], ""]
-        return "\n".join(
-            lines + [f"{name}: {_summary(schema)}" for name, schema in _schema()["properties"].items()]
-        )
-    found = keys_at(key)
-    if not found:
-        from lora_cli.recipe.suggest import nearest_key  # it reads the table of this module
-
-        raise InputError(f"{key}: unknown key{nearest_key(key)}")
-    parts: list[str] = []
-    for entry in found:
-        parts.extend(_explain_block(entry) if entry.is_block else [_explain_key(entry)])
-    return "\n\n".join(dict.fromkeys(parts))
 
 
 def in_words(schema: JsonSchema) -> str:
@@ -169,9 +145,9 @@ def _walk(prefix: str, variant: str | None, schema: JsonSchema) -> Iterator[Key]
     required = schema.get("required", [])
     for name, value in schema.get("properties", {}).items():
         path = f"{prefix}.{name}" if prefix else name
-        blocks = [option for option in _options(value) if "properties" in option]
+        blocks = [option for option in options_of(value) if "properties" in option]
         yield Key(path, variant, value, name in required, is_block=bool(blocks))
-        choosing = [option["discriminator"] for option in _options(value) if "discriminator" in option]
+        choosing = [option["discriminator"] for option in options_of(value) if "discriminator" in option]
         for block in blocks:
             chosen = block["properties"][choosing[0]["propertyName"]]["const"] if choosing else variant
             yield from _walk(path, chosen, block)
@@ -184,31 +160,9 @@ def _resolve(schema: JsonSchema) -> JsonSchema:
     return schema
 
 
-def _options(schema: JsonSchema) -> Iterator[JsonSchema]:
+def options_of(schema: JsonSchema) -> Iterator[JsonSchema]:
     """Yield the schema and everything it may be instead, references followed."""
     schema = _resolve(schema)
     yield schema
     for option in schema.get("anyOf", []) + schema.get("oneOf", []) + schema.get("allOf", []):
-        yield from _options(option)
-
-
-def _summary(schema: JsonSchema) -> str:
-    described = [option["description"] for option in _options(schema) if "description" in option]
-    return " ".join(" | ".join(described).split())
-
-
-def _explain_key(key: Key) -> str:
-    block = key.path.partition(".")[0]
-    title = key.path if key.variant is None else f"{key.path} (with {block} {key.variant})"
-    expected, default = key.expected, key.default
-    chooser, chosen = discriminators().get(block, ("", ""))
-    if key.path == f"{block}.{chooser}":
-        title, expected, default = key.path, "one of " + ", ".join(variants(block)), chosen
-    documentation = " ".join(key.schema.get("description", "").split())
-    shown = "required" if key.required else f"default {json.dumps(default)}"
-    return f"{title}: {expected}; {shown}\n    {documentation}"
-
-
-def _explain_block(block: Key) -> Iterator[str]:
-    yield f"{block.path}: {block.schema.get('description') or _summary(block.schema)}"
-    yield from (_explain_key(key) for key in all_keys() if key.path.startswith(block.path + "."))
+        yield from options_of(option)

@@ -19,13 +19,9 @@ from pydantic import ValidationError
 
 from lora_cli.errors import InputError
 from lora_cli.recipe import keys, suggest
-from lora_cli.recipe.dump import dump_recipe
-from lora_cli.recipe.keys import explain, json_schema
 from lora_cli.recipe.nodes import MappingNode, Node, ScalarNode, SequenceNode, resolve
 from lora_cli.recipe.schema import Conflict, Recipe
 from lora_cli.recipe.yaml_reader import read_file, read_text
-
-__all__ = ["dump_recipe", "explain", "json_schema", "load_recipe"]
 
 Path_ = tuple[str, ...]
 

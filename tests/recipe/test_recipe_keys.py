@@ -7,7 +7,8 @@ import json
 import pytest
 
 from lora_cli.errors import InputError
-from lora_cli.recipe.keys import all_keys, explain, json_schema
+from lora_cli.recipe.explain import explain
+from lora_cli.recipe.keys import all_keys, json_schema
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.suggest import OTHER_NAMES, holds_secret, is_secret_name, nearest_key, redacted
 
