@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_cli.errors import InputError
+from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.keys import all_keys
-from lora_cli.recipe.load import dump_recipe, load_recipe
+from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import FullAdapter, LoraAdapter, Recipe
 
 
