@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_cli import objectives
+from lora_cli import adapters, objectives
 from lora_cli.adapters import Method, _peft
 from lora_cli.data.render import settle_special_tokens
 from lora_cli.errors import InputError
@@ -26,7 +26,7 @@ from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
-from lora_cli.runtime import dist, report
+from lora_cli.runtime import dist, order, report
 from lora_cli.runtime.checkpoint import Checkpoints
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.faults import resource_faults
@@ -36,6 +36,7 @@ from lora_cli.runtime.run_folder import CHECKPOINTS, RECIPE_FILE, RunFolder
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import export, inject, prepare
 from lora_cli.stages import train as train_stage
+from lora_cli.types import Prepared
 
 FOLDERS = {"peft": "adapter", "merged": "merged"}
 
@@ -65,7 +66,7 @@ def train(
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         with _timed(seconds, "inject"):
             model, method = inject.run(
-                base, recipe.model.dtype, recipe.adapter,
+                base, recipe.model.dtype, recipe.adapter, total_steps=_total_steps(recipe, prepared),
                 max_length=recipe.data.max_length, seed=recipe.run.seed, rt=rt, log=log.line,
             )  # fmt: skip
         resume_step = _begin(folder, recipe, resume, rt, log)
@@ -105,7 +106,7 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         dtype, longest = DTYPES[recipe.model.dtype], recipe.data.max_length
         model = load_model(base, dtype=dtype, device=rt.device, max_length=longest)
-        layers = _peft.load(adapter, model).layers if adapter is not None else {}
+        layers = adapters.load(adapter, model).layers if adapter is not None else {}
         scores = evaluate_stage.run(
             recipe.evaluate, AdaptedModel(model, layers), objective, prepared,
             rt=rt, log=log, with_base=adapter is not None,
@@ -123,7 +124,7 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
         model = load_model(base, dtype=DTYPES[dtype or recipe.model.dtype], device=rt.device)
-        method = _peft.load(adapter, model)
+        method = adapters.load(adapter, model)
         _, stop_ids = settle_special_tokens(load_tokenizer(base), recipe.data.template)
         card = adapter / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, merged\n"
@@ -160,6 +161,12 @@ def _begin(folder: RunFolder, recipe: Recipe, resume: bool, rt: Runtime, log: Lo
     if rt.is_main:
         folder.begin(dump_recipe(recipe), fresh=step is None)
     return step
+
+
+def _total_steps(recipe: Recipe, prepared: Prepared) -> int:
+    assert prepared.train is not None
+    rows, plan = len(prepared.train), recipe.train
+    return order.total_steps(rows, plan.batch_size, epochs=plan.epochs, max_steps=plan.max_steps)
 
 
 def _refuse_changes(folder: RunFolder, recipe: Recipe, what: str) -> None:

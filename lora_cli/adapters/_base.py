@@ -15,7 +15,7 @@ import difflib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -91,38 +91,119 @@ class AdapterLinear(nn.Module, ABC):
         self._unmerged = None
 
 
-class Method(ABC):
-    """One way to adapt a model. Holds its settings and, after `inject`, the layers it made."""
+class OptimizerState(Protocol):
+    """The optimizer, as far as a method may reach into it."""
 
+    masters: dict[str, Tensor]
+    """The float32 weights that are updated, by the names of `Method.trainable`; `.grad` is the step's gradient."""
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """Return AdamW's `exp_avg` and `exp_avg_sq` of a weight, to change in place; empty before its first step."""
+
+
+class Method:
+    """One way to adapt a model. Holds its settings and, after `inject`, the layers it made.
+
+    A method of layers states `make_layer` and its part of the disk format; what it does not need has a default here.
+    """
+
+    targets: str | list[str] = "all-linear"
+    targets_key: str = "adapter.targets"
+    """Where the targets were written, for messages."""
     layers: dict[str, AdapterLinear]
 
-    @abstractmethod
-    def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
-        """Freeze the base, place the adapters and return them by module path."""
+    peft_type: ClassVar[str] = ""
+    """PEFT's name of the method in adapter_config.json; empty where PEFT has none."""
+    disk_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of adapter_config.json that `from_disk_config` takes into account; all others must be neutral."""
 
-    @abstractmethod
+    def __init__(self) -> None:
+        self.layers = {}
+        self.disk_targets: list[str] = []
+        """The shortest `target_modules` that names exactly the injected layers."""
+
+    def plan(self, total_steps: int) -> None:
+        """Learn how many steps the run has, before anything is written.
+
+        Raises:
+            InputError: a schedule of the method's own does not fit into them.
+        """
+
+    def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
+        """Freeze the base, put a layer around each target, and return the layers by module path.
+
+        Raises:
+            InputError: a target matches no linear layer.
+        """
+        model.requires_grad_(False)
+        paths = match_targets(model, self.targets, where=self.targets_key)
+        self.disk_targets = short_names(model, paths)
+        for path in paths:
+            base = model.get_submodule(path)
+            assert isinstance(base, BASE_LINEARS)
+            self.layers[path] = self.make_layer(path, base)
+            replace_module(model, path, self.layers[path])
+        return self.layers
+
+    def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
+        """Return the initialised layer for the base at `path`."""
+        raise AssertionError(f"{type(self).__name__} makes no layers")
+
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters the optimizer updates, by name."""
+        """Return the parameters the optimizer updates, `<module>.<tensor>`."""
+        return {
+            f"{path}.{name}": parameter
+            for path, layer in self.layers.items()
+            for name, parameter in layer.named_parameters(recurse=False)
+            if parameter.requires_grad
+        }
+
+    def rate_factor(self, name: str) -> float:
+        """Return the factor of the learning rate for one parameter of `trainable`."""
+        del name
+        return 1.0
+
+    def schedule_factor(self, step: int) -> float:
+        """Return a factor of the learning rate of all parameters at a step, counted from 0."""
+        del step
+        return 1.0
 
     def penalty(self) -> Tensor | None:
-        """Return a regularization term to add to the mean loss of a step, or None."""
+        """Return a regularization term to add to the mean loss of a step, 0-d float32, or None."""
         return None
 
-    def after_step(self, progress: Progress) -> None:
-        """Act after the optimizer's step and before its gradients are forgotten."""
-        del progress
+    def after_step(self, optimizer: OptimizerState, progress: Progress) -> None:
+        """Act after the optimizer's step and before its gradients are forgotten; `progress.step` counts from 0."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a resumed run needs besides the trained parameters."""
+        """Return what a resumed run needs besides the trained parameters and the optimizer's state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
         assert not state
 
-    @abstractmethod
     def disk_config(self) -> dict[str, Any]:
-        """Return the method's part of PEFT's adapter_config.json; empty where PEFT has no such method."""
+        """Return the method's part of PEFT's adapter_config.json."""
+        return {}
+
+    def shared_disk_tensors(self) -> dict[str, Tensor]:
+        """Return tensors that belong to no single layer, by their whole PEFT names."""
+        return {}
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Say whether an adapter_config.json is of this method."""
+        return bool(cls.peft_type) and config.get("peft_type") == cls.peft_type
+
+    @classmethod
+    def from_disk_config(cls, config: Mapping[str, Any], where: str) -> Method:
+        """Return the method that an adapter_config.json describes, ready to inject; `where` heads a message.
+
+        Raises:
+            InputError: a setting is missing, of the wrong type, or not supported.
+        """
+        raise AssertionError(f"{cls.__name__} has no disk format")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -19,29 +19,29 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from lora_cli.adapters._base import AdapterLinear, Method, linear_layers, match_targets
-from lora_cli.adapters.lora import Lora
+from lora_cli.adapters._base import Method
 from lora_cli.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_DESCRIPTIVE = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "fan_in_fan_out",  # follows from the model's own layers
-    "inference_mode",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",  # means something only with use_qalora, which must be off
-    "revision",
-    "task_type",
-}
-_IMPLEMENTED = {"r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights"}
+_DESCRIPTIVE = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "fan_in_fan_out",  # follows from the model's own layers
+        "inference_mode",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",  # means something only with use_qalora, which must be off
+        "revision",
+        "target_modules",
+        "task_type",
+    }
+)
 _NEUTRAL: tuple[object, ...] = (None, False, "none", {}, [])
 
 
@@ -49,6 +49,8 @@ def write(folder: Path, method: Method, *, base_name: str, revision: str | None)
     """Write the injected method's config and tensors into an existing folder."""
     config = {
         **method.disk_config(),
+        "peft_type": method.peft_type,
+        "target_modules": method.disk_targets,
         "base_model_name_or_path": base_name,
         "revision": revision,
         "task_type": "CAUSAL_LM",
@@ -57,19 +59,25 @@ def write(folder: Path, method: Method, *, base_name: str, revision: str | None)
     }
     text = json.dumps(dict(sorted(config.items())), indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    tensors = {
-        f"{PREFIX}{path}.{name}": tensor.detach().cpu().contiguous()
-        for path, layer in method.layers.items()
-        for name, tensor in layer.disk_tensors().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in places(method).items()}
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
 
 
+def places(method: Method) -> dict[str, Tensor]:
+    """Return every tensor of the injected method by its whole name on disk."""
+    own = {
+        f"{PREFIX}{path}.{name}": tensor
+        for path, layer in method.layers.items()
+        for name, tensor in layer.disk_tensors().items()
+    }
+    return own | method.shared_disk_tensors()
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the settings of an adapter folder.
+    """Return the settings of an adapter folder, whatever its method.
 
     Raises:
-        InputError: the file is missing or malformed, names another method, or holds a setting that is not supported.
+        InputError: the file is missing or malformed, or does not say which layers it adapts.
     """
     path = folder / CONFIG_FILE
     try:
@@ -78,84 +86,73 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file (is this a PEFT adapter folder?)") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{path}: peft_type is {found!r} (only LORA can be read)")
-    problems = [
-        f"{path}: {key} is {value!r}, which is not supported"
-        for key, value in config.items()
-        if key not in _DESCRIPTIVE | _IMPLEMENTED and value not in _NEUTRAL
-    ]
-    problems += [
-        f"{path}: {key} is {config.get(key)!r} ({rule})"
-        for key, rule, valid in (
-            ("r", "expected a positive integer", _is_integer(config.get("r")) and config["r"] > 0),
-            ("lora_alpha", "expected a positive number", _is_number(config.get("lora_alpha"), above=0)),
-            ("lora_dropout", "expected 0 to 1", _is_number(config.get("lora_dropout", 0.0), below=1)),
-            ("bias", "only none is supported", config.get("bias", "none") == "none"),
-            (
-                "init_lora_weights",
-                "this initialisation changes the base weights",
-                config.get("init_lora_weights", True) in (True, False, "gaussian"),
-            ),
-            ("target_modules", "expected names or a pattern", _are_targets(config.get("target_modules"))),
-        )
-        if not valid
-    ]
-    if problems:
-        raise InputError(problems)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: holds a {type(config).__name__} (an object with peft_type is needed)")
+    targets = config.get("target_modules")
+    if not (isinstance(targets, str) or _are_names(targets)):
+        raise InputError(f"{path}: target_modules is {targets!r} (expected names or a pattern)")
     return config
 
 
-def load(folder: Path, model: PreTrainedModel) -> Method:
-    """Inject the adapter in `folder` into `model` and return its method.
+def require_neutral(where: str, config: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Refuse every setting outside `known` that changes anything.
 
     Raises:
-        InputError: the folder is not a readable adapter, or does not fit this model exactly.
+        InputError: with one line per such setting.
     """
-    method = Lora.from_disk_config(read_config(folder))
-    tensors = _read_tensors(folder)
-    paths = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}
-    strangers = sorted(paths - linear_layers(model).keys())
-    if strangers:
-        raise InputError(
-            f"{folder}: the adapter does not fit this base model, which has no layer {strangers[0]!r}"
-            f" ({len(strangers)} of {len(paths)} are not there; was it trained on another base?)"
-        )
-    expected = set(match_targets(model, method.targets, where=f"{folder / CONFIG_FILE}: target_modules"))
-    if paths != expected:
-        some = sorted(paths ^ expected)
-        lack = (
-            "names a layer without tensors" if some[0] in expected else "does not name a layer with tensors"
-        )
-        raise InputError(
-            f"{folder / CONFIG_FILE}: target_modules {lack}: {some[0]} ({len(some)} such layers)"
-        )
-    method.inject(model)
-    fill(folder, method.layers, tensors)
-    return method
+    problems = [
+        f"{where}: {key} is {value!r}, which is not supported"
+        for key, value in config.items()
+        if key not in _DESCRIPTIVE | known and value not in _NEUTRAL
+    ]
+    if problems:
+        raise InputError(problems)
 
 
-def fill(
-    folder: Path, layers: Mapping[str, AdapterLinear], tensors: Mapping[str, Tensor] | None = None
-) -> None:
-    """Copy the tensors of an adapter folder into injected layers; names and shapes must agree exactly.
+def require(where: str, config: Mapping[str, Any], **rules: tuple[str, bool]) -> None:
+    """Refuse settings that break their rule; a rule is what is expected, and whether it is so.
+
+    Raises:
+        InputError: with one line per broken rule.
+    """
+    problems = [
+        f"{where}: {key} is {config.get(key)!r} (expected {expected})"
+        for key, (expected, holds) in rules.items()
+        if not holds
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def is_integer(value: object, *, least: int = 0) -> bool:
+    """Say whether a JSON value is an integer of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object, *, above: float = -1e-30, below: float = float("inf")) -> bool:
+    """Say whether a JSON value is a number between the bounds, which are not part of it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < below
+
+
+def fill(folder: Path, method: Method) -> None:
+    """Copy the tensors of an adapter folder into the injected method; names and shapes must agree exactly.
 
     Raises:
         InputError: a tensor is missing, unexpected, of another shape, or not finite.
     """
-    tensors = _read_tensors(folder) if tensors is None else tensors
-    places = {
-        f"{PREFIX}{path}.{name}": place
-        for path, layer in layers.items()
-        for name, place in layer.disk_tensors().items()
-    }
-    problems = [f"{folder}: tensor {name} is missing" for name in sorted(places.keys() - tensors.keys())]
-    problems += [f"{folder}: tensor {name} is unexpected" for name in sorted(tensors.keys() - places.keys())]
-    for name in sorted(places.keys() & tensors.keys()):
-        if tensors[name].shape != places[name].shape:
-            found, wanted = tuple(tensors[name].shape), tuple(places[name].shape)
-            problems.append(f"{folder}: tensor {name} has shape {found}, but the layer needs {wanted}")
+    tensors, wanted = _read_tensors(folder), places(method)
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unexpected:
+        parts = [f"missing tensors: {len(missing)}, first {missing[0]}"] if missing else []
+        parts += [f"unexpected tensors: {len(unexpected)}, first {unexpected[0]}"] if unexpected else []
+        raise InputError(
+            f"{folder}: the adapter does not fit this base model: {'; '.join(parts)} (was it trained on another one?)"
+        )
+    problems = []
+    for name, place in wanted.items():
+        if tensors[name].shape != place.shape:
+            found, needed = tuple(tensors[name].shape), tuple(place.shape)
+            problems.append(f"{folder}: tensor {name} has shape {found}, but the layer needs {needed}")
         elif not bool(torch.isfinite(tensors[name]).all()):
             problems.append(f"{folder}: tensor {name} holds values that are not finite")
     if problems:
@@ -163,29 +160,20 @@ def fill(
             problems[:5] + ([f"{folder}: and {len(problems) - 5} more"] if len(problems) > 5 else [])
         )
     with torch.no_grad():
-        for name, place in places.items():
+        for name, place in wanted.items():
             place.copy_(tensors[name])
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / TENSOR_FILE
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file (only safetensors adapters are read)") from error
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    return tensors
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object, *, above: float = -1e-30, below: float = float("inf")) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < below
-
-
-def _are_targets(value: object) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(name, str) for name in value)
-    return isinstance(value, str)
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)

@@ -6,7 +6,6 @@ bfloat16 weights are updated through float32 masters (`runtime/optim.py`), so th
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,9 +18,9 @@ class Full(Method):
     """Train `parameters`: `all`, or those whose whole name the regular expression matches."""
 
     def __init__(self, *, parameters: str = "all", seed: int = 0) -> None:
+        super().__init__()
         del seed
         self.parameters = parameters
-        self.layers: dict[str, AdapterLinear] = {}
 
     def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
         """Choose the trained parameters; no layer is wrapped.
@@ -48,10 +47,6 @@ class Full(Method):
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the chosen parameters by name; tied weights appear once."""
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-    def disk_config(self) -> dict[str, Any]:
-        """Return nothing: PEFT has no such method, the export is a whole model."""
-        return {}
 
 
 METHOD = Full

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters._base import AdapterLinear, Method, match_targets, replace_module, short_names
+from lora_cli.adapters import _peft
+from lora_cli.adapters._base import AdapterLinear, Method
 from lora_cli.seeding import stream_seed
 
 
@@ -61,6 +61,9 @@ class LoraLinear(AdapterLinear):
 class Lora(Method):
     """LoRA on the layers that `targets` names; `alpha / rank` scales the update."""
 
+    peft_type = "LORA"
+    disk_keys = frozenset({"r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights"})
+
     def __init__(
         self,
         *,
@@ -70,42 +73,22 @@ class Lora(Method):
         targets: str | list[str] = "all-linear",
         seed: int = 0,
     ) -> None:
+        super().__init__()
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.targets = targets
-        self.seed = seed
-        self.layers: dict[str, AdapterLinear] = {}
-        self._disk_targets: list[str] = []
+        self.targets, self.seed = targets, seed
 
-    def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
-        """Freeze the model and put a LoraLinear around each target."""
-        model.requires_grad_(False)
-        paths = match_targets(model, self.targets)
-        self._disk_targets = short_names(model, paths)
-        for path in paths:
-            base = model.get_submodule(path)
-            assert isinstance(base, nn.Linear | Conv1D)
-            layer = LoraLinear(base, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
-            layer.reset(stream_seed(self.seed, "adapter", path))
-            replace_module(model, path, layer)
-            self.layers[path] = layer
-        return self.layers
-
-    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return every A and B by `<module>.lora_A` and `<module>.lora_B`."""
-        return {
-            f"{path}.{name}": parameter
-            for path, layer in self.layers.items()
-            for name, parameter in layer.named_parameters(recurse=False)
-        }
+    def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
+        """Return a LoraLinear whose A is a function of seed and path."""
+        layer = LoraLinear(base, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
+        layer.reset(stream_seed(self.seed, "adapter", path))
+        return layer
 
     def disk_config(self) -> dict[str, Any]:
-        """Return PEFT's LoRA keys; whole numbers are written as such, as older readers expect."""
+        """Return PEFT's LoRA keys; a whole alpha is written as an integer, as older readers expect."""
         return {
-            "peft_type": "LORA",
             "r": self.rank,
             "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
             "lora_dropout": self.dropout,
-            "target_modules": self._disk_targets,
             "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in self.layers.values()),
             "bias": "none",
             "init_lora_weights": True,
@@ -119,8 +102,20 @@ class Lora(Method):
         }
 
     @classmethod
-    def from_disk_config(cls, config: Mapping[str, Any]) -> Lora:
-        """Return the method an adapter_config.json describes, ready to inject (`_peft` has checked its keys)."""
+    def from_disk_config(cls, config: Mapping[str, Any], where: str) -> Lora:
+        """Return the method that an adapter_config.json describes."""
+        _peft.require(
+            where,
+            config,
+            r=("a positive integer", _peft.is_integer(config.get("r"), least=1)),
+            lora_alpha=("a positive number", _peft.is_number(config.get("lora_alpha"), above=0.0)),
+            lora_dropout=("0 to 1", _peft.is_number(config.get("lora_dropout", 0.0), below=1.0)),
+            bias=("none", config.get("bias", "none") == "none"),
+            init_lora_weights=(
+                "a start that leaves the base as it is",
+                config.get("init_lora_weights", True) in (True, False, "gaussian"),
+            ),
+        )
         return cls(
             rank=config["r"],
             alpha=config["lora_alpha"],

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 
 class MasterAdamW:
-    """AdamW (arXiv 1711.05101) on named parameters; `masters` are float32, one per parameter."""
+    """AdamW (arXiv 1711.05101) on named parameters; `masters` are float32, one per parameter.
+
+    `rate_factors` multiply the learning rate of single parameters, 1 where a name is not in it.
+    """
 
     def __init__(
         self,
@@ -24,6 +27,7 @@ class MasterAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        rate_factors: Mapping[str, float] | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.masters: dict[str, Tensor] = {}
@@ -34,8 +38,17 @@ class MasterAdamW:
                 master = parameter.detach().float()
                 self.masters[name] = master
                 parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
+        factors = rate_factors or {}
+        groups: dict[float, list[Tensor]] = {}
+        for name, master in self.masters.items():
+            groups.setdefault(factors.get(name, 1.0), []).append(master)
         self._adamw = torch.optim.AdamW(
-            list(self.masters.values()), lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+            [{"params": masters, "rate_factor": factor} for factor, masters in groups.items()],
+            lr=0.0,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            fused=True,
         )
 
     def gradients(self) -> list[Tensor]:
@@ -58,11 +71,16 @@ class MasterAdamW:
     def step(self, learning_rate: float) -> None:
         """Apply one update and write the masters back into the model's weights."""
         for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_factor"]
         self._adamw.step()
         for name, parameter in self.parameters.items():
             if parameter is not self.masters[name]:
                 parameter.copy_(self.masters[name])
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """Return `exp_avg` and `exp_avg_sq` of a weight, to be changed in place; empty before its first step."""
+        state = self._adamw.state.get(self.masters[name], {})
+        return {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

@@ -49,11 +49,13 @@ class GradientStep:
         self.warmup = schedule.warmup_steps(settings.warmup, self.total)
         automatic = MICRO_BATCH_TOKENS[rt.device.type]
         self.tokens = automatic if settings.micro_batch_tokens == "auto" else settings.micro_batch_tokens
+        trainable = method.trainable(model.model)
         self.optimizer = MasterAdamW(
-            method.trainable(model.model),
+            trainable,
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
+            rate_factors={name: method.rate_factor(name) for name in trainable},
         )
 
     def take(self) -> tuple[dict[str, float], int]:
@@ -86,7 +88,7 @@ class GradientStep:
             self.optimizer.clip(norm, self.settings.max_grad_norm)
         rate = self.learning_rate()
         self.optimizer.step(rate)
-        self.method.after_step(progress)
+        self.method.after_step(self.optimizer, progress)
         self.optimizer.zero_grad()
         seconds = watch.lap()
         state.step += 1
@@ -106,7 +108,7 @@ class GradientStep:
     def learning_rate(self) -> float:
         """Return the learning rate of the update about to be made."""
         settings = self.settings
-        return settings.learning_rate * schedule.multiplier(
+        factor = schedule.multiplier(
             settings.schedule,
             self.state.step,
             total_steps=self.total,
@@ -115,6 +117,7 @@ class GradientStep:
             decay=settings.decay,
             power=settings.power,
         )
+        return settings.learning_rate * factor * self.method.schedule_factor(self.state.step)
 
     def _backward(self, batches: list[Batch], units: float) -> tuple[float, Batch | None]:
         """Add the gradients of this process; return its share of the mean loss, and a batch that is not finite."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from lora_cli import adapters
 from lora_cli.adapters import Method, _peft
 from lora_cli.adapters._base import AdapterLinear, replace_module
 from lora_cli.errors import LoraError
@@ -101,7 +102,7 @@ def _reload_adapter(folder: Path, model: AdaptedModel) -> float:
     """Read the adapter as a user would, around the same frozen base; return the largest logit difference."""
     live = sample_logits(model.model)
     with _unwrapped(model):
-        reloaded = _peft.load(folder, model.model)
+        reloaded = adapters.load(folder, model.model)
         difference = float((sample_logits(model.model) - live).abs().max())
         for path, layer in reloaded.layers.items():
             replace_module(model.model, path, layer.base)

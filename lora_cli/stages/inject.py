@@ -20,6 +20,7 @@ def run(
     dtype: str,
     adapter: Adapter,
     *,
+    total_steps: int,
     max_length: int,
     seed: int,
     rt: Runtime,
@@ -28,10 +29,12 @@ def run(
     """Return the base of `folder` with the method injected, ready to train.
 
     Raises:
-        InputError: the model cannot be loaded, or a target matches nothing in it.
+        InputError: the model cannot be loaded, a target matches nothing in it, or a schedule of the method does not
+            fit into `total_steps`.
     """
     model = load_model(folder, dtype=DTYPES[dtype], device=rt.device, max_length=max_length)
     method = adapters.build(adapter, seed)
+    method.plan(total_steps)
     layers = method.inject(model)
     trainable = method.trainable(model)
     # With no adapter to switch off, the base survives only as a copy of the weights that will change.

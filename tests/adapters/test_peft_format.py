@@ -14,6 +14,7 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from lora_cli import adapters
 from lora_cli.adapters import _peft
 from lora_cli.adapters.lora import Lora
 from lora_cli.errors import InputError
@@ -68,7 +69,7 @@ def test_ours_reads_pefts(tmp_path: Path, architecture: str) -> None:
     """We load PEFT's adapter with logits equal to PEFT's to 1e-5."""
     live = theirs(tmp_path, architecture)
     model = make_model(architecture)
-    _peft.load(tmp_path, model)
+    adapters.load(tmp_path, model)
     assert float((logits(model) - logits(live)).abs().max()) <= 1e-5
     assert float((logits(model) - logits(make_model(architecture))).abs().max()) > 0.01
 
@@ -118,8 +119,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: (folder / _peft.CONFIG_FILE).write_text("{"),
         "not readable as JSON",
     ),
-    "config is a list": (lambda folder: (folder / _peft.CONFIG_FILE).write_text("[]"), "peft_type"),
-    "another method": (edit_config(peft_type="VERA"), "peft_type is 'VERA'"),
+    "config is a list": (lambda folder: (folder / _peft.CONFIG_FILE).write_text("[]"), "holds a list"),
+    "another method": (edit_config(peft_type="LOKR"), "peft_type is 'LOKR'"),
     "no peft_type": (edit_config(peft_type=...), "peft_type is None"),
     "rank 0": (edit_config(r=0), "r is 0"),
     "rank as text": (edit_config(r="8"), "r is '8'"),
@@ -128,13 +129,13 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "DoRA": (edit_config(use_dora=True), "use_dora is True"),
     "patterns": (edit_config(rank_pattern={"q_proj": 2}), "rank_pattern"),
     "bias": (edit_config(bias="all"), "bias is 'all'"),
-    "PiSSA": (edit_config(init_lora_weights="pissa"), "changes the base weights"),
+    "PiSSA": (edit_config(init_lora_weights="pissa"), "leaves the base as it is"),
     "unknown setting": (edit_config(tokenizer_kwargs={"trust_remote_code": True}), "tokenizer_kwargs"),
     "targets missing": (edit_config(target_modules=...), "target_modules"),
     "targets of another model": (edit_config(target_modules=["wq"]), "matches no linear layer"),
     "targets beyond the tensors": (
         edit_config(target_modules=["q_proj", "down_proj", "v_proj"]),
-        "names a layer without tensors",
+        "missing tensors: 4",
     ),
     "rank unlike the tensors": (edit_config(r=8), "the layer needs (8,"),
     "no tensors": (lambda folder: (folder / _peft.TENSOR_FILE).unlink(), "no such file"),
@@ -144,12 +145,15 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         "not a readable safetensors file",
     ),
-    "tensor missing": (edit_tensors(lambda tensors: tensors.pop(first(tensors), None) is None), "is missing"),
+    "tensor missing": (
+        edit_tensors(lambda tensors: tensors.pop(first(tensors), None) is None),
+        "missing tensors: 1",
+    ),
     "tensor unexpected": (
         edit_tensors(
             lambda tensors: tensors.update({first(tensors).replace("lora_A", "lora_C"): torch.ones(1)})
         ),
-        "is unexpected",
+        "unexpected tensors",
     ),
     "tensor of no rows": (
         edit_tensors(lambda tensors: tensors.update({first(tensors): torch.zeros(0)})),
@@ -166,7 +170,7 @@ def test_a_faulty_adapter_is_refused(tmp_path: Path, case: str) -> None:
     edit, message = FAULTS[case]
     edit(tmp_path)
     with pytest.raises(InputError) as caught:
-        _peft.load(tmp_path, make_model("llama"))
+        adapters.load(tmp_path, make_model("llama"))
     assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
@@ -174,5 +178,5 @@ def test_a_faulty_adapter_is_refused(tmp_path: Path, case: str) -> None:
 def test_an_adapter_of_a_wider_base_is_refused(tmp_path: Path) -> None:
     """An adapter trained on another architecture is refused for this one."""
     ours(tmp_path, "gpt2")
-    with pytest.raises(InputError, match="does not fit this base model"):
-        _peft.load(tmp_path, make_model("llama"))
+    with pytest.raises(InputError, match="matches no linear layer of the model"):
+        adapters.load(tmp_path, make_model("llama"))
