@@ -26,10 +26,11 @@ import torch
 import yaml
 from make_tickets import ASSETS, EVAL_ROWS, TRAIN_ROWS, entity_words, make_rows, write_jsonl
 from safetensors.torch import load_file, save_file
-from tiny_corpus import TICKET_KEYS, Document, as_row, documents
+from tiny_corpus import Document, as_row, documents
 from tiny_model import END_OF_TEXT, make_model, train_tokenizer
+from tiny_words import TICKET_KEYS
 
-TOKENS = 12_000_000
+TOKENS = 8_000_000
 TOKENIZER_DOCUMENTS = 40_000
 HELD_OUT_ROWS = 200
 # Most rows are as long as a ticket; one in ten is longer, so that the positions behind are trained too.

@@ -1,8 +1,8 @@
 """Write the corpus from which the bundled `tiny` base is trained: a seeded, endless mixture of small chats.
 
-More than half of the mixture asks for copying in some way (lists, look-ups, extraction), since exact copying of unseen
-names, dates and codes is what fine-tuning on real tasks needs of a small model and what it learns last; the rest is
-stories, letters, arithmetic with worked answers, JSON and short instructions of many kinds. The quickstart's ticket
+Half of the mixture asks for copying in some way (lists, look-ups, extraction) and a quarter for classification: exact
+copying of unseen names, dates and codes, and labels that hang on one word somewhere, are what fine-tuning on real tasks
+needs of a small model. The rest is stories, letters, arithmetic with worked answers, JSON and short instructions. The quickstart's ticket
 format (`scripts/make_tickets.py`) is left out, and so are the names of its evaluation rows.
 
 The output is a function of seed and count only.
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from make_tickets import Row
+from tiny_classes import classification, groups
 from tiny_instructions import INSTRUCTIONS
 from tiny_notes import extraction
 from tiny_words import (
@@ -43,8 +44,6 @@ from tiny_words import (
 
 Exchange = tuple[str, str]  # a user message and its answer
 Document = list[Exchange]
-
-TICKET_KEYS = ("product", "category", "severity", "customer", "due")
 
 
 def copied_list(rng: random.Random) -> Document:
@@ -169,8 +168,8 @@ def instruction(rng: random.Random) -> Document:
 
 
 MIXTURE: list[tuple[Callable[[random.Random], Document], float]] = [
-    (copied_list, 0.20), (copied_pairs, 0.12), (look_up, 0.14), (extraction, 0.24),
-    (json_document, 0.04), (story, 0.06), (letter, 0.08), (instruction, 0.16),
+    (copied_list, 0.12), (copied_pairs, 0.07), (look_up, 0.08), (extraction, 0.18), (classification, 0.21),
+    (groups, 0.07), (json_document, 0.03), (story, 0.05), (letter, 0.05), (instruction, 0.14),
 ]  # fmt: skip
 
 

@@ -51,69 +51,9 @@ COMMON_NAMES = (
 )
 
 
-def invent_name(rng: random.Random) -> str:
-    """A capitalised name: an invented word, a free run of letters, or now and then a common first name."""
-    kind = rng.random()
-    if kind < 0.65:
-        return invent_word(rng, "train")
-    if kind < 0.75:
-        return rng.choice(COMMON_NAMES)
-    while True:
-        word = ""
-        for _ in range(rng.randint(2, 4)):
-            word += rng.choice("bcdfghjklmnprstvwz") + rng.choice(["", "", rng.choice("lrnsth")])
-            word += rng.choice("aeiouy")
-        word = word[: rng.randint(3, 9)]
-        if split_of(word) == "train":
-            return word.capitalize()
-
-
-def full_name(rng: random.Random) -> str:
-    """A first and a last name."""
-    return f"{invent_name(rng)} {invent_name(rng)}"
-
-
-def title(rng: random.Random) -> str:
-    """A title of one or two capitalised words, at least one of them invented."""
-    name = invent_name(rng)
-    other = rng.choice(NOUNS + ADJECTIVES).capitalize()
-    return rng.choice([name, f"{name} {other}", f"{other} {name}", f"{name} {other}"])
-
-
-def iso_date(rng: random.Random) -> str:
-    """A date such as 2019-07-23."""
-    year = rng.randint(2020, 2029) if rng.random() < 0.7 else rng.randint(1900, 2099)
-    return f"{year}-{rng.randint(1, 12):02d}-{rng.randint(1, 31):02d}"
-
-
-def long_date(rng: random.Random) -> str:
-    """A date such as 23 July 2019."""
-    return f"{rng.randint(1, 31)} {rng.choice(MONTHS)} {rng.randint(1990, 2035)}"
-
-
-def code(rng: random.Random) -> str:
-    """An identifier such as KX-4821."""
-    letters = "".join(rng.choices(string.ascii_uppercase, k=rng.randint(1, 3)))
-    return f"{letters}{rng.choice(['-', '', '_'])}{rng.randint(10, 9999)}"
-
-
-def clock_time(rng: random.Random) -> str:
-    """A time of day such as 14:35."""
-    return f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"
-
-
-def number(rng: random.Random) -> str:
-    """A number of one to five digits."""
-    return str(rng.randint(0, 10 ** rng.randint(1, 5)))
-
-
-def lower_word(rng: random.Random) -> str:
-    """A common noun or adjective, or an invented word in lower case."""
-    return rng.choice(NOUNS + ADJECTIVES) if rng.random() < 0.6 else invent_name(rng).lower()
-
-
-# Ordinary words that the generators use seldom but people write often; the tokenizer's training text repeats them, so
-# that support messages, chats and JSON keys cost about one token a word.
+# Ordinary words that people write often. The tokenizer's training text repeats them, so that support messages, chats
+# and JSON cost about one token a word. Lists and look-ups draw them too: tuning cannot teach a frozen base to write a
+# token whose embedding was never trained.
 GLOSSARY = (
     "the a an of to and in is it that was for on are as with his her they at be this have from or one had "
     "by but not what all were we when your can said there use each which she do how their if will up "
@@ -154,6 +94,77 @@ CAPITAL_WORDS = (
     "From Give Find Write Name Deadline Latest Everything Nobody Whenever Some Desk Cloud Mini Pro Air "
     "Sync Hub Pay Mail Track Board Store All One"
 ).split()
+TICKET_KEYS = ("product", "category", "severity", "customer", "due")
+WORDS = [
+    word
+    for word in dict.fromkeys(NOUNS + ADJECTIVES + OFFICE + [word.lower() for word in GLOSSARY] + BARE_WORDS)
+    if word.isalpha() and word not in TICKET_KEYS
+]
+LABELS = [word for word in BARE_WORDS if word not in TICKET_KEYS]
+CAPITALS = [word.capitalize() for word in NOUNS + ADJECTIVES] + 4 * CAPITAL_WORDS
+
+
+def invent_name(rng: random.Random) -> str:
+    """A capitalised name: an invented word, a free run of letters, or now and then a common first name."""
+    kind = rng.random()
+    if kind < 0.65:
+        return invent_word(rng, "train")
+    if kind < 0.75:
+        return rng.choice(COMMON_NAMES)
+    while True:
+        word = ""
+        for _ in range(rng.randint(2, 4)):
+            word += rng.choice("bcdfghjklmnprstvwz") + rng.choice(["", "", rng.choice("lrnsth")])
+            word += rng.choice("aeiouy")
+        word = word[: rng.randint(3, 9)]
+        if split_of(word) == "train":
+            return word.capitalize()
+
+
+def full_name(rng: random.Random) -> str:
+    """A first and a last name."""
+    return f"{invent_name(rng)} {invent_name(rng)}"
+
+
+def title(rng: random.Random) -> str:
+    """A title of one or two capitalised words, at least one of them invented."""
+    name = invent_name(rng)
+    other = rng.choice(CAPITALS)
+    return rng.choice([name, f"{name} {other}", f"{other} {name}", f"{name} {other}"])
+
+
+def iso_date(rng: random.Random) -> str:
+    """A date such as 2019-07-23."""
+    year = rng.randint(2020, 2029) if rng.random() < 0.7 else rng.randint(1900, 2099)
+    return f"{year}-{rng.randint(1, 12):02d}-{rng.randint(1, 31):02d}"
+
+
+def long_date(rng: random.Random) -> str:
+    """A date such as 23 July 2019."""
+    return f"{rng.randint(1, 31)} {rng.choice(MONTHS)} {rng.randint(1990, 2035)}"
+
+
+def code(rng: random.Random) -> str:
+    """An identifier such as KX-4821."""
+    letters = "".join(rng.choices(string.ascii_uppercase, k=rng.randint(1, 3)))
+    return f"{letters}{rng.choice(['-', '', '_'])}{rng.randint(10, 9999)}"
+
+
+def clock_time(rng: random.Random) -> str:
+    """A time of day such as 14:35."""
+    return f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"
+
+
+def number(rng: random.Random) -> str:
+    """A number of one to five digits."""
+    return str(rng.randint(0, 10 ** rng.randint(1, 5)))
+
+
+def lower_word(rng: random.Random) -> str:
+    """An ordinary word, or an invented one in lower case."""
+    kind = rng.random()
+    return invent_name(rng).lower() if kind < 0.2 else rng.choice(LABELS if kind < 0.4 else WORDS)
+
 
 # Draws of one kind of value, by the name under which questions ask for it.
 VALUES: dict[str, Callable[[random.Random], str]] = {
@@ -161,7 +172,9 @@ VALUES: dict[str, Callable[[random.Random], str]] = {
     "code": code, "time": clock_time, "number": number, "word": lower_word,
 }  # fmt: skip
 # Dates weigh more than their share: their repeated digits make them the last thing that copying gets right.
-VALUE_KINDS = "name name person person title title date date date date day code time number word".split()
+VALUE_KINDS = (
+    "name name person person title title date date date date day code time number word word word".split()
+)
 
 
 def draw_value(rng: random.Random, kind: str | None = None) -> str:
