@@ -2,8 +2,8 @@
 
 Half of the mixture asks for copying in some way (lists, look-ups, extraction) and a quarter for classification: exact
 copying of unseen names, dates and codes, and labels that hang on one word somewhere, are what fine-tuning on real tasks
-needs of a small model. The rest is stories, letters, arithmetic with worked answers, JSON and short instructions. The quickstart's ticket
-format (`scripts/make_tickets.py`) is left out, and so are the names of its evaluation rows.
+needs of a small model. The rest is stories, letters, arithmetic with worked answers, JSON and short instructions. The
+quickstart's ticket format (`scripts/make_tickets.py`) is left out, and so are the names of its evaluation rows.
 
 The output is a function of seed and count only.
 Run: python scripts/tiny_corpus.py --documents 1000 --output corpus.jsonl
