@@ -10,28 +10,39 @@ adapter is injected, so bad input leaves nothing behind.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from lora_cli import adapters, objectives
 from lora_cli.adapters import Method, _peft
 from lora_cli.data.render import settle_special_tokens
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
-from lora_cli.models.load import DTYPES, base_folder, load_model, load_tokenizer
+from lora_cli.models.load import (
+    DTYPES,
+    base_fingerprint,
+    base_folder,
+    fastest_attention,
+    load_model,
+    load_tokenizer,
+)
+from lora_cli.publish import MANIFEST
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime import dist, order, report
-from lora_cli.runtime.checkpoint import Checkpoints
+from lora_cli.runtime.checkpoint import Checkpoints, exports_best
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.faults import resource_faults
 from lora_cli.runtime.log import Log
-from lora_cli.runtime.resume import changed_keys
+from lora_cli.runtime.resume import NOT_COMPARED, changed_keys, changes_training
 from lora_cli.runtime.run_folder import CHECKPOINTS, RECIPE_FILE, RunFolder
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import export, inject, prepare
@@ -52,37 +63,39 @@ def train(
     folder = RunFolder(Path(recipe.run.output).expanduser())
     seconds: dict[str, float] = {}
     with _started(recipe) as (rt, log):
-        finished = None if overwrite else folder.finished()
-        if finished is not None:
-            _refuse_changes(folder, recipe, "holds a finished run of another recipe")
-            log.line(f"{folder.path}: finished already, nothing to do (--overwrite trains it again)")
-            check_gates(gates, finished["eval"]["tuned"])
-            return finished
-
         with _timed(seconds, "prepare"):
             base = base_folder(recipe.model.base, recipe.model.revision)
             tokenizer = load_tokenizer(base)
             prepared = prepare.run(recipe.data, recipe.objective.train_on, tokenizer, rt, log.line)
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
+            facts = report.fingerprints(prepared, base_fingerprint(base))
+        finished = None if overwrite else _finished(folder, recipe, facts, resume=resume)
+        if finished is not None:
+            log.line(f"{folder.path}: finished already, nothing to do (--overwrite trains it again)")
+            check_gates(gates, finished["eval"]["tuned"])
+            return finished
+
         with _timed(seconds, "inject"):
             model, method = inject.run(
-                base, recipe.model.dtype, recipe.adapter, total_steps=_total_steps(recipe, prepared),
-                max_length=recipe.data.max_length, seed=recipe.run.seed, rt=rt, log=log.line,
+                base, recipe.model.dtype, recipe.adapter, prepared,
+                total_steps=_total_steps(recipe, prepared), max_length=recipe.data.max_length,
+                max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
+                seed=recipe.run.seed, rt=rt, log=log.line,
             )  # fmt: skip
-        resume_step = _begin(folder, recipe, resume, rt, log)
+        resume_step = _begin(folder, recipe, facts, prepared, rt, log, resume=resume)
         with _timed(seconds, "train"):
             trained = train_stage.run(
                 recipe.train, model, method, objective, prepared, folder.path,
-                seed=recipe.run.seed, resume_step=resume_step, rt=rt, log=log,
+                seed=recipe.run.seed, resume_step=resume_step, facts=facts, rt=rt, log=log,
             )  # fmt: skip
         with _timed(seconds, "evaluate"):
             scores = evaluate_stage.run(
                 recipe.evaluate, model, objective, prepared, rt=rt, log=log, folder=folder.path
             )
         trainable = sum(parameter.numel() for parameter in method.trainable(model.model).values())
-        summary = report.summarize(recipe.adapter.method, trainable, prepared, trained, scores)
+        summary = report.summarize(recipe.adapter.method, trainable, facts, prepared, trained, scores)
         with _timed(seconds, "export"):
-            card = report.model_card(summary, base_name=recipe.model.base, recipe_text=dump_recipe(recipe))
+            card = report.model_card(summary, recipe)
             targets = {form: folder.path / FOLDERS[form] for form in recipe.export_formats()}
             differences = _export(targets, recipe, base, model, method, prepared.stop_ids, card, rt, log)
 
@@ -104,9 +117,11 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
             recipe.data, recipe.objective.train_on, load_tokenizer(base), rt, log.line, need_train=False
         )
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
-        dtype, longest = DTYPES[recipe.model.dtype], recipe.data.max_length
-        model = load_model(base, dtype=dtype, device=rt.device, max_length=longest)
-        layers = adapters.load(adapter, model).layers if adapter is not None else {}
+        generated = evaluate_stage.plan(recipe.evaluate, prepared)
+        attention = fastest_attention(rt.device, recipe.data.max_length)
+        model = load_model(base, dtype=DTYPES[recipe.model.dtype], device=rt.device, attention=attention)
+        inject.check_rows_fit(model, prepared, max_generated=generated)
+        layers = _load_adapter(adapter, base, model).layers if adapter is not None else {}
         scores = evaluate_stage.run(
             recipe.evaluate, AdaptedModel(model, layers), objective, prepared,
             rt=rt, log=log, with_base=adapter is not None,
@@ -117,6 +132,7 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
 
 def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) -> dict[str, Any]:
     """Write the base with the adapter of `target` in its weights to `output`; return the folder and the difference."""
+    output = output.expanduser()
     with _started(recipe) as (rt, log):
         adapter, base = _locate(target, recipe)
         if adapter is None:
@@ -124,7 +140,7 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
         model = load_model(base, dtype=DTYPES[dtype or recipe.model.dtype], device=rt.device)
-        method = adapters.load(adapter, model)
+        method = _load_adapter(adapter, base, model)
         _, stop_ids = settle_special_tokens(load_tokenizer(base), recipe.data.template)
         card = adapter / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, merged\n"
@@ -137,7 +153,7 @@ def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
     """Return the adapter folder, if any, and the folder of the model it stands on."""
     if not target.is_dir():
         raise InputError(f"{target}: no such folder (give a run, a PEFT adapter or a model folder)")
-    if (target / RECIPE_FILE).is_file():
+    if RunFolder(target).is_run():
         exported = [target / name for name in FOLDERS.values() if (target / name).is_dir()]
         if not exported:
             raise InputError(f"{target}: the run has exported nothing yet (finish it with --resume)")
@@ -147,35 +163,101 @@ def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
     return None, base_folder(str(target))
 
 
-def _begin(folder: RunFolder, recipe: Recipe, resume: bool, rt: Runtime, log: Log) -> int | None:
-    """Make the run folder; return the step to continue from, or None to start at the beginning."""
+def _load_adapter(folder: Path, base: Path, model: PreTrainedModel) -> Method:
+    """Inject an adapter; refuse one of ours that was trained on a base with other weights."""
+    manifest = folder / MANIFEST
+    trained_on = (
+        json.loads(manifest.read_text(encoding="utf-8")).get("model.base") if manifest.is_file() else None
+    )
+    if trained_on not in (None, base_fingerprint(base)):
+        raise InputError(f"{folder}: was trained on another base than {base}: config or weights differ")
+    return adapters.load(folder, model)
+
+
+def _finished(
+    folder: RunFolder, recipe: Recipe, facts: dict[str, str], *, resume: bool
+) -> dict[str, Any] | None:
+    """Return the summary of a run that is finished as this recipe asks; None where there is something to do.
+
+    Raises:
+        InputError: a finished run stands there that differs, and `resume` is not set.
+    """
+    summary = folder.finished()
+    if summary is None:
+        return None
+    before = load_recipe(folder.path / RECIPE_FILE)
+    changes = changed_keys(before.resolved(), recipe.resolved())
+    differences = [f"{key}: {change}" for key, change in changes.items() if key not in NOT_COMPARED]
+    differences += [
+        f"{key}: another content" for key in facts if summary["fingerprints"].get(key) != facts[key]
+    ]
+    missing = [
+        FOLDERS[form] for form in recipe.export_formats() if not (folder.path / FOLDERS[form]).is_dir()
+    ]
+    differences += [f"{name}/ is missing" for name in missing]
+    if not differences:
+        return summary
+    if resume:
+        return None
+    raise InputError(
+        f"{folder.path}: holds a finished run that differs: {'; '.join(differences)}"
+        " (--resume goes on from its last checkpoint, --overwrite trains it again, or choose another run.output)"
+    )
+
+
+def _begin(
+    folder: RunFolder,
+    recipe: Recipe,
+    facts: dict[str, str],
+    prepared: Prepared,
+    rt: Runtime,
+    log: Log,
+    *,
+    resume: bool,
+) -> int | None:
+    """Make the run folder; return the step to continue from, or None to start at the beginning.
+
+    Raises:
+        InputError: the recipe, data or base of the checkpoint are others, or it is beyond the last step.
+    """
     step = None
     if resume:
-        step = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints).newest(log.line)
+        checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
+        step = checkpoints.newest(log.line)
         if step is not None:
-            _refuse_changes(folder, recipe, "cannot be resumed")
-        log.line(
-            f"resume: continuing after step {step}" if step else "resume: no checkpoint yet, starting anew"
-        )
+            before = load_recipe(folder.path / RECIPE_FILE)
+            changes = changed_keys(before.resolved(), recipe.resolved())
+            differences = [f"{key}: {change}" for key, change in changes.items() if changes_training(key)]
+            manifest = checkpoints.facts(step)
+            differences += [f"{key}: another content" for key in facts if manifest.get(key) != facts[key]]
+            if step > (total := _total_steps(recipe, prepared)):
+                differences.append(f"train.max_steps: the run stands at step {step} of now {total}")
+            if differences:
+                raise InputError(
+                    f"{folder.path}: cannot be resumed: {'; '.join(differences)}"
+                    " (use the old values, --overwrite, or another run.output)"
+                )
+        log.line(f"resume: continuing after step {step}" if step else "resume: no checkpoint, starting anew")
     rt.barrier()  # no process may look for a checkpoint after the main one has begun to write
-    if rt.is_main:
-        folder.begin(dump_recipe(recipe), fresh=step is None)
+    rt.in_main(lambda: folder.begin(dump_recipe(recipe), fresh=step is None))
     return step
 
 
 def _total_steps(recipe: Recipe, prepared: Prepared) -> int:
+    """Return the optimizer steps of the run.
+
+    Raises:
+        InputError: the best weights are asked for, and no held-out loss would be taken.
+    """
     assert prepared.train is not None
     rows, plan = len(prepared.train), recipe.train
-    return order.total_steps(rows, plan.batch_size, epochs=plan.epochs, max_steps=plan.max_steps)
-
-
-def _refuse_changes(folder: RunFolder, recipe: Recipe, what: str) -> None:
-    before = load_recipe(folder.path / RECIPE_FILE)
-    changes = changed_keys(before.resolved(), recipe.resolved())
-    if changes:
+    total = order.total_steps(rows, plan.batch_size, epochs=plan.epochs, max_steps=plan.max_steps)
+    if exports_best(plan) and (plan.eval_every or 0) > total:
         raise InputError(
-            f"{folder.path}: {what}: {'; '.join(changes)} (use the old values, --overwrite, or another run.output)"
+            f"train.eval_every: {plan.eval_every} is more than the run's {total} steps, so no weights would be"
+            " the best (lower it)"
         )
+    return total
 
 
 def _export(
@@ -197,7 +279,8 @@ def _export(
     return export.run(
         targets, model, method,
         base=base, base_name=str(base.resolve()) if local else recipe.model.base, revision=recipe.model.revision,
-        stop_ids=stop_ids, card=card, max_shard_bytes=recipe.export.max_shard_bytes, log=log.line,
+        stop_ids=stop_ids, card=card, facts={"model.base": base_fingerprint(base)},
+        max_shard_bytes=recipe.export.max_shard_bytes, log=log.line,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from lora_cli.errors import InputError
 from lora_cli.models.safety import TINY, check_model_folder
 from lora_cli.recipe.schema import Recipe
-from lora_cli.runtime.run_folder import OURS, RECIPE_FILE, RunFolder
+from lora_cli.runtime.run_folder import OURS, RunFolder
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
@@ -71,7 +71,7 @@ def kind_of(target: Path) -> Literal["run", "adapter", "model"]:
         raise InputError(f"{target}: no such folder{_near_matches(target)}")
     if not target.is_dir():
         raise InputError(f"{target}: is not a folder (give a run, an adapter or a model folder)")
-    if (target / RECIPE_FILE).is_file():
+    if RunFolder(target).is_run():
         return "run"
     if (target / "adapter_config.json").is_file():
         return "adapter"
@@ -95,6 +95,18 @@ def _run_all(*checks: Callable[[], str | None]) -> list[str]:
     if problems:
         raise InputError(dict.fromkeys(problems))
     return done
+
+
+def _expanded(place: str, name: str) -> Path:
+    """Return the path with `~` resolved.
+
+    Raises:
+        InputError: it names the home of a user who does not exist.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{place}: {name}: {error} (write the path out)") from error
 
 
 def _check_name(place: str, name: str) -> None:
@@ -135,7 +147,7 @@ def _check_data(recipe: Recipe, split: Literal["train", "eval"]) -> str:
     key, name = f"data.{split}", getattr(recipe.data, split)
     if name is not None:
         _check_name(recipe.at(key), name)
-        if _is_path(name) and not os.path.lexists(Path(name).expanduser()):
+        if _is_path(name) and not os.path.lexists(_expanded(recipe.at(key), name)):
             raise InputError(f"{recipe.at(key)}: {name}: no such file{_near_matches(Path(name))}")
     from lora_cli.data.head import check_head  # imports numpy, which a wrong path need not wait for
 
@@ -152,7 +164,7 @@ def _check_data(recipe: Recipe, split: Literal["train", "eval"]) -> str:
 def _check_model(recipe: Recipe) -> str:
     base, place = recipe.model.base, recipe.at("model.base")
     _check_name(place, base)
-    folder = TINY if base == "tiny" else Path(base).expanduser()
+    folder = TINY if base == "tiny" else _expanded(place, base)
     if not os.path.lexists(folder):
         if _is_path(base) or not _HUB_ID.fullmatch(base):
             raise InputError(f"{place}: {base}: no such folder{_near_matches(Path(base))}")
@@ -172,20 +184,20 @@ def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | Non
     _check_name(place, name)
     if os.environ.get("RANK", "0") != "0":
         return None  # the first process may have begun to write there
-    folder = Path(name).expanduser()
+    folder = _expanded(place, name)
     _check_outside_base(place, folder, recipe)
     if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(f"{place}: {name} is not a folder (choose another name)")
     _check_writable(place, folder)
     entries = sorted(os.listdir(folder)) if folder.is_dir() else []
     others = [entry for entry in entries if entry not in OURS and not entry.startswith(".")]
-    is_run = RECIPE_FILE in entries and (not others or len(set(entries) & set(OURS)) > 1)
+    is_run = RunFolder(folder).is_run()
     if not entries:
         return f"run.output: {name}: new"
     if not is_run and any(not entry.startswith(".") for entry in entries):
         kept = ", ".join(others[:3] or entries[:3])
         raise InputError(
-            f"{place}: {name} holds other files ({kept}) and is not a run (choose another folder)"
+            f"{place}: {name} holds other files ({kept}) and is not a run of lora-cli (choose another folder)"
         )
     if RunFolder(folder).finished() is not None:
         return f"run.output: {name}: holds a finished run" + (", to be overwritten" if overwrite else "")
@@ -198,7 +210,7 @@ def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | Non
 
 def _check_outside_base(place: str, folder: Path, recipe: Recipe) -> None:
     """Refuse to write into the base model: replacing a file that is mapped into memory zeroes the model."""
-    base = TINY if recipe.model.base == "tiny" else Path(recipe.model.base).expanduser()
+    base = TINY if recipe.model.base == "tiny" else _expanded("model.base", recipe.model.base)
     if not base.is_dir():
         return
     try:
@@ -232,8 +244,8 @@ def _check_target(target: Path, recipe: Recipe) -> str:
 def _check_new_folder(target: Path, output: Path, recipe: Recipe) -> str:
     _check_name("--output", str(output))
     _check_outside_base("--output", output, recipe)
-    if output.resolve() == target.resolve():
-        raise InputError(f"--output: {output} is the folder that is read (choose another one)")
+    if output.expanduser().resolve().is_relative_to(target.resolve()) and kind_of(target) != "run":
+        raise InputError(f"--output: {output} is in the folder that is read (choose another one)")
     if os.path.lexists(output):
         raise InputError(f"--output: {output} exists already (choose another folder or remove it)")
     _check_writable("--output", output)

@@ -11,6 +11,7 @@ notice damaged content (a flipped bit loads without an error), so `verify` compa
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ class Staging:
         self.target = target
         self.path = target.parent / f".tmp-{target.name}-{os.getpid()}"
         target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent, glob.escape(target.name))
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir()
 
@@ -98,10 +100,13 @@ def verify(folder: Path, *, contents: bool = True) -> dict[str, Any]:
     return manifest
 
 
-def sweep(parent: Path) -> list[Path]:
-    """Remove what interrupted writers left in `parent` and return it; folders of living processes stay."""
+def sweep(parent: Path, target: str = "*") -> list[Path]:
+    """Remove what interrupted writers of `target` (a name, or all) left in `parent`, and return it.
+
+    Folders of living processes stay.
+    """
     removed = []
-    for pattern in (".tmp-*", ".old-*"):
+    for pattern in (f".tmp-{target}-*", f".old-{target}-*"):
         for path in parent.glob(pattern):
             pid = path.name.rpartition("-")[2]
             if pid.isdigit() and not _alive(int(pid)):
@@ -113,7 +118,9 @@ def sweep(parent: Path) -> list[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to `path` by one rename, so that a reader never sees half a file."""
     staging = path.parent / f".tmp-{path.name}-{os.getpid()}"
-    staging.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    staging.write_text(
+        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
     _sync(staging)
     os.replace(staging, path)
     _sync(path.parent)

@@ -6,7 +6,7 @@ A row travels as `Conversation` or `Text` (what the user wrote) -> `Example` (to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -60,8 +60,13 @@ class Examples(Protocol):
     lengths: npt.NDArray[np.int64]  # (R,)
     fingerprint: str
 
+    max_token: int
+    """Largest token id in it."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
+    def line(self, index: int) -> int:
+        """Return the line of a row in its file (the row, where a file has no lines)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,8 @@ class Prepared:
     pad_id: int
     stop_ids: tuple[int, ...]
     """Terminators: the tokens that end an answer, in training and in generation."""
-    format: str
+    formats: dict[str, str]
+    """How each split's rows were read, by split."""
     template: str
     """`model` or `plain`: which rendering was used."""
     counts: dict[str, SplitCounts]
@@ -112,7 +118,6 @@ class Progress:
 
     step: int
     total_steps: int
-    micro_step: int = 0
 
 
 @dataclass(slots=True)
@@ -125,7 +130,6 @@ class Trained:
     tokens_per_second: float
     best_step: int | None = None
     stopped_early: bool = False
-    losses: list[float] = field(default_factory=list)
 
 
 Scores = dict[str, float]

@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     """A NaN in the base stops at step 1 with the rows named; no checkpoint, no adapter, no summary is written."""
     monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
     recipe = load_recipe(write_recipe(tmp_path, write_base(tmp_path / "poisoned", poison=True)))
-    with pytest.raises(DivergedError, match=r"step 1: .*rows \["):
+    with pytest.raises(DivergedError, match=r"step 1: .*lines \["):
         pipeline.train(recipe)
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"recipe.yaml", "metrics.jsonl"}
 
@@ -267,15 +267,17 @@ def test_an_adapter_of_another_base_is_refused(job: Run, tmp_path: Path) -> None
     model.save_pretrained(other)
     assert config["num_hidden_layers"] == 2
     recipe = load_recipe(tmp_path / "job" / "recipe.yaml", [f"model.base={other}"])
-    with pytest.raises(InputError, match="does not fit this base model"):
+    with pytest.raises(InputError, match="was trained on another base"):
         pipeline.evaluate(tmp_path / "job" / "run" / "adapter", recipe)
 
 
 def test_text_rows_train_too(job: Run, tmp_path: Path) -> None:
     """Plain text rows are trained on every token that has one before it, and have no answer to generate."""
     text = write_rows(tmp_path / "text.jsonl", [{"text": row["prompt"]} for row in rows(24)])
-    summary = job(data__train=str(text), data__eval=str(text), evaluate__metrics=["loss", "exact_match"])
+    summary = job(data__train=str(text), data__eval=str(text))
     counts = summary["rows"]["train"]
     assert counts["trained_tokens"] == counts["tokens"] - counts["kept"]
-    assert "exact_match" not in summary["eval"]["tuned"]
+    with pytest.raises(InputError, match="exact_match needs answers"):
+        job("scored", data__train=str(text), data__eval=str(text), evaluate__metrics=["exact_match"])
+    assert not (tmp_path / "scored" / "run").exists()
     assert summary["eval"]["tuned"]["loss"] < summary["eval"]["base"]["loss"]

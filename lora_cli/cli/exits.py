@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-from lora_cli.errors import InputError, LoraError, ResourceError
+from lora_cli.errors import LoraError, ResourceError
 
 LOG_NAME = "lora-cli-error.log"
 
@@ -62,8 +62,8 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
 
 
 def _report(lines: Sequence[str], code: int) -> int:
-    # Under torchrun every process finds the same bad input, or hears of it from the main one: one of them tells.
-    if code == InputError.exit_code and os.environ.get("RANK", "0") != "0":
+    # Under torchrun every process finds the same bad input, loss or signal, or hears of it: one of them tells.
+    if code not in (1, ResourceError.exit_code) and os.environ.get("RANK", "0") != "0":
         return code
     for line in lines:
         shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)

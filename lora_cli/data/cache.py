@@ -30,7 +30,7 @@ from lora_cli.errors import InputError, ResourceError
 from lora_cli.publish import Staging, sweep, verify
 from lora_cli.types import Example
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 def cache_root() -> Path:
@@ -60,6 +60,7 @@ class TokenCache:
         self.meta: dict[str, Any] = verify(folder, contents=check)
         try:
             self.fingerprint: str = self.meta["fingerprint"]
+            self.max_token: int = self.meta["max_token"]
             self._offsets = np.load(folder / "offsets.npy", allow_pickle=False)
             self._lines = np.load(folder / "lines.npy", allow_pickle=False)
             self._tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
@@ -96,6 +97,7 @@ class CacheWriter:
         self._name = name
         self._lengths: list[int] = []
         self._lines: list[int] = []
+        self._max_token = 0
 
     def __enter__(self) -> Self:
         try:
@@ -115,6 +117,7 @@ class CacheWriter:
         except OSError as error:
             raise _write_fault(self._folder, error) from error
         self._lengths.append(len(example.input_ids))
+        self._max_token = max(self._max_token, int(example.input_ids.max(initial=0)))
         self._lines.append(line)
 
     def publish(self, extra: Mapping[str, Any]) -> None:
@@ -126,7 +129,8 @@ class CacheWriter:
             np.save(self._staging.path / "offsets.npy", offsets, allow_pickle=False)
             lines = np.array(self._lines, dtype=np.int64)
             np.save(self._staging.path / "lines.npy", lines, allow_pickle=False)
-            self._staging.publish({**extra, "fingerprint": self._name, "rows": len(self._lines)})
+            facts = {"fingerprint": self._name, "rows": len(self._lines), "max_token": self._max_token}
+            self._staging.publish({**extra, **facts})
         except OSError as error:
             raise _write_fault(self._folder, error) from error
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lora_cli.types import IGNORED, Batch
@@ -43,8 +43,8 @@ class AdaptedModel:
         """Where the model computes."""
         return self.model.device
 
-    def trained_logits(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits (N, V) that predict each trained token, those tokens (N,), and the row of each (N,)."""
+    def trained_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, V) that predict each trained token, and those tokens (N,)."""
         targets = batch.labels[:, 1:]
         trained = targets != IGNORED  # (B, T-1): position t predicts token t+1
         arguments: dict[str, Tensor] = {}
@@ -57,13 +57,7 @@ class AdaptedModel:
         )
         logits = output.logits if self._keeps_logits else output.logits[:, columns]
         chosen = trained[:, columns]
-        rows = chosen.nonzero()[:, 0]
-        return logits[chosen], targets[:, columns][chosen], rows
-
-    def token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return log p of each trained token, (N,) float32, and the row of each, (N,)."""
-        logits, targets, rows = self.trained_logits(batch)
-        return -nn.functional.cross_entropy(logits.float(), targets, reduction="none"), rows
+        return logits[chosen], targets[:, columns][chosen]
 
     @torch.no_grad()
     def generate(

@@ -22,6 +22,19 @@ Metrics = dict[str, float]
 """Named sums over a batch's units, e.g. how many tokens were predicted right."""
 
 
+def batch_tokens(wanted: int | str, model: AdaptedModel, *, at_most: dict[str, int]) -> int:
+    """Return the padded tokens of a forward pass: as `wanted`, or for `auto` what the logits leave room for.
+
+    `at_most` is by device type. All logits of a pass are alive at once in two types, with their gradient about 12
+    bytes each: they get 2 GB on a CPU and 16 GB on a GPU.
+    """
+    if isinstance(wanted, int):
+        return wanted
+    kind = model.device.type
+    room = {"cpu": 2 * 10**9, "cuda": 16 * 10**9}[kind]
+    return max(1, min(at_most[kind], room // (12 * model.model.config.get_text_config().vocab_size)))
+
+
 class Objective(ABC):
     """What training minimises."""
 

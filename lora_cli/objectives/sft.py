@@ -28,7 +28,7 @@ class Sft(Objective):
 
     def loss_sum(self, model: AdaptedModel, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the summed negative log-likelihood, and in evaluation how many tokens were the most likely one."""
-        logits, targets, _ = model.trained_logits(batch)  # (N, V), (N,)
+        logits, targets = model.trained_logits(batch)  # (N, V), (N,)
         loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         if model.model.training:
             return loss, {}

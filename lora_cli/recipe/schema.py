@@ -103,7 +103,8 @@ class LoraAdapter(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability of zeroing an input of the adapter while training."""
     targets: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
+    """Layers that get an adapter: `all-linear` (all linear layers but the output head;
+    experts held in 3-D tensors are none), `attention`, `mlp`, a list of module names
     (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
 
     def conflicts(self) -> Iterator[Conflict]:
@@ -153,8 +154,8 @@ class Train(Section):
     batch_size: PositiveInt = 32
     """Sequences per optimizer step, over all processes and micro-batches."""
     micro_batch_tokens: Literal["auto"] | PositiveInt = "auto"
-    """Padded tokens per forward pass; a step is split into as many passes as needed, with the same result.
-    auto: 4096 on a CPU, 16384 on a GPU."""
+    """Padded tokens per forward pass; a step is split into as many passes as needed, with the same result (up to the
+    draws of a dropout). auto: at most 4096 on a CPU and 16384 on a GPU, less for a large vocabulary."""
     learning_rate: Annotated[float, Field(gt=0, le=10.0)] = 2.0e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "polynomial", "inverse_sqrt"] = "cosine"
@@ -162,7 +163,7 @@ class Train(Section):
     warmup: Fraction | NonNegativeInt = 0.03
     """Linear warm-up: steps (an integer) or a fraction of all steps (a decimal number up to 1.0)."""
     floor: Fraction = 0.0
-    """Lowest learning rate of the schedule, as a fraction of the peak. Not used by constant."""
+    """Lowest learning rate after the warm-up, as a fraction of the peak. Not used by constant."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Part of all steps over which wsd decays."""
     power: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
@@ -179,13 +180,14 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Gradients are scaled down to this global norm. null: no clipping."""
     log_every: PositiveInt = 10
-    """Steps between lines of metrics.jsonl and of the plain log."""
+    """Steps between lines of metrics.jsonl and of the plain log; the first and the last step are logged besides."""
     eval_every: PositiveInt | None = None
     """Steps between held-out losses while training. null: only at the end."""
     save_every: PositiveInt | None = None
-    """Steps between checkpoints. null: one at the end of training, and one when stopped by a signal."""
+    """Steps between checkpoints. null: one at the end of training, and one when stopped by a signal. Where the best
+    weights are exported, one at each better held-out loss besides."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept; the one with the best held-out loss is kept besides."""
+    """Newest checkpoints kept. The one with the best held-out loss is kept besides, where there is one."""
     early_stopping: PositiveInt | None = None
     """Stop after so many held-out evaluations in a row without a better loss. null: never."""
     final_weights: Literal["auto", "last", "best"] = "auto"
@@ -216,20 +218,22 @@ class Train(Section):
 class Evaluate(Section):
     """Scores of the base and of the tuned model on the held-out rows."""
 
-    metrics: list[Literal["loss", "exact_match"]] = Field(default=["loss"])
-    """loss: loss, perplexity and token accuracy. exact_match: generate each row's last answer and compare."""
+    metrics: Annotated[list[Literal["loss", "exact_match"]], Field(min_length=1)] = Field(default=["loss"])
+    """loss: loss, perplexity and token accuracy. exact_match: generate each row's last answer and compare it with the
+    row's own; not for text rows, which have none."""
     max_generated_rows: PositiveInt | None = None
     """Generate for only the first so many held-out rows. null: all."""
     max_new_tokens: Literal["auto"] | PositiveInt = "auto"
     """Longest generated answer, in tokens. auto: the longest reference answer, since a longer one cannot match."""
     batch_tokens: Literal["auto"] | PositiveInt = "auto"
-    """Padded tokens per forward pass (prompt and answer). auto: 8192 on a CPU, 65536 on a GPU."""
+    """Padded tokens per forward pass (prompt and answer). auto: at most 8192 on a CPU and 65536 on a
+    GPU, less for a large vocabulary."""
 
 
 class Export(Section):
     """What is written at the end."""
 
-    formats: list[Literal["peft", "merged"]] | None = None
+    formats: Annotated[list[Literal["peft", "merged"]], Field(min_length=1)] | None = None
     """peft: `adapter/`, a PEFT adapter that stands alone. merged: `merged/`, a plain model with the update in its
     weights. null: peft, or merged for full fine-tuning."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
@@ -270,6 +274,19 @@ class Recipe(Section):
         if self.data.eval is None and self.train.eval_every is not None:
             message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"
             yield Conflict("train.eval_every", message, reads=("data.eval",))
+
+        if "exact_match" in self.evaluate.metrics:
+            if self.data.eval is None:
+                message = "found exact_match, but there are no held-out rows (set data.eval)"
+                yield Conflict("evaluate.metrics", message, reads=("data.eval",))
+            if self.data.format == "text":
+                message = "found exact_match, but text rows have no answer to compare (use loss)"
+                yield Conflict("evaluate.metrics", message, reads=("data.format",))
+            if self.objective.train_on == "all":
+                message = (
+                    "found exact_match, which needs to know the answers (set objective.train_on: assistant)"
+                )
+                yield Conflict("evaluate.metrics", message, reads=("objective.train_on",))
 
     def at(self, key: str) -> str:
         """Return `file:line:column: key` where the key was written, `key` alone where it is a default."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lora_cli.errors import InputError
 from lora_cli.publish import published, sweep, verify
+from lora_cli.recipe.schema import Train
 from lora_cli.runtime.optim import MasterAdamW
 
 _NAME = re.compile(r"step-(\d+)")
@@ -42,6 +43,13 @@ class State:
     evaluations_since_best: int = 0
 
 
+def exports_best(settings: Train) -> bool:
+    """Say whether the weights with the lowest held-out loss are the ones that are evaluated and exported."""
+    return settings.final_weights == "best" or (
+        settings.final_weights == "auto" and settings.early_stopping is not None
+    )
+
+
 class Checkpoints:
     """The checkpoints of one run; `keep` newest ones stay, and the best one by held-out loss."""
 
@@ -57,15 +65,19 @@ class Checkpoints:
     def save(
         self, state: State, optimizer: MasterAdamW, method_state: dict[str, Tensor], facts: dict[str, Any]
     ) -> None:
-        """Write a checkpoint of `state.step`, then delete what is older than the newest ones, except the best."""
+        """Write a checkpoint of `state.step`, then delete all but the newest ones and the best.
+
+        Those of later steps go too: the run has continued from before them, as they did not verify.
+        """
         sweep(self.folder)
         target = self.folder / f"step-{state.step}"
         with published(target, replace=True, facts={"step": state.step, **facts}) as staging:
             (staging / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
             _save_tensors(optimizer.state_dict(), staging / "optimizer.safetensors")
             _save_tensors(method_state, staging / "method.safetensors")
-        for step in self.steps()[self.keep :]:
-            if step != state.best_step:
+        kept = [step for step in self.steps() if step <= state.step][: self.keep]
+        for step in self.steps():
+            if step not in kept and step != state.best_step:
                 shutil.rmtree(self.folder / f"step-{step}")
 
     def newest(self, warn: Callable[[str], None]) -> int | None:
@@ -80,12 +92,17 @@ class Checkpoints:
         return None
 
     def facts(self, step: int) -> dict[str, Any]:
-        """Return the manifest of a checkpoint after verifying it."""
+        """Return the manifest of a checkpoint: step, fingerprints of data and base."""
         return verify(self.folder / f"step-{step}")
 
     def load(self, step: int, optimizer: MasterAdamW) -> tuple[State, dict[str, Tensor]]:
-        """Restore the optimizer and the trained weights; return the state and the method's tensors."""
+        """Restore the optimizer and the trained weights; return the state and the method's tensors.
+
+        Raises:
+            InputError: the checkpoint is missing or damaged.
+        """
         folder = self.folder / f"step-{step}"
+        verify(folder)
         state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
         optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
         return state, load_file(folder / "method.safetensors")

@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from lora_cli.errors import InputError, LoraError
+from lora_cli.errors import InputError, LoraError, Stopped
 
 
 @dataclass
@@ -72,6 +72,11 @@ class Runtime:
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
+    def stop_requested(self) -> int:
+        """Return the number of a signal that any process was asked to stop by, the same in all of them; 0 for none."""
+        (asked,) = self.sum([float(self.stop_signal != 0)])
+        return (self.stop_signal or signal.SIGTERM) if asked else 0
+
     @contextmanager
     def stoppable(self) -> Iterator[None]:
         """Within it SIGINT and SIGTERM only set `stop_signal`; a second one acts at once."""
@@ -95,8 +100,11 @@ class Runtime:
 def start(device: str) -> Iterator[Runtime]:
     """Join the process group that torchrun announces in the environment, or be the only process.
 
+    SIGTERM becomes an exception meanwhile, so that what is half written is removed, as it is after SIGINT.
+
     Raises:
         InputError: `cuda` was asked for and there is none.
+        Stopped: SIGTERM came outside of training.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -107,12 +115,17 @@ def start(device: str) -> Iterator[Runtime]:
         torch.cuda.set_device(chosen)
     else:
         chosen = torch.device("cpu")
-    if world_size == 1:
-        yield Runtime(chosen)
-        return
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=timedelta(minutes=60))
+    previous = signal.signal(signal.SIGTERM, _raise_stopped)
+    if world_size > 1:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=60))
     try:
         yield Runtime(chosen, rank, world_size)
     finally:
-        torch.distributed.destroy_process_group()
+        if world_size > 1:
+            torch.distributed.destroy_process_group()
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise Stopped(f"stopped by signal {number}, nothing was left half-written", number)

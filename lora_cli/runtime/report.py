@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_cli.recipe.dump import dump_recipe
+from lora_cli.recipe.schema import Recipe
 from lora_cli.types import Evaluated, Prepared, Trained
 
 
+def fingerprints(prepared: Prepared, base: str) -> dict[str, str]:
+    """Return what a continued run must find unchanged: the fingerprint of each split and of the base."""
+    splits = {"train": prepared.train, "eval": prepared.eval}
+    found = {
+        f"data.{split}": examples.fingerprint for split, examples in splits.items() if examples is not None
+    }
+    return found | {"model.base": base}
+
+
 def summarize(
-    method: str, trainable: int, prepared: Prepared, trained: Trained, scores: Evaluated
+    method: str,
+    trainable: int,
+    facts: dict[str, str],
+    prepared: Prepared,
+    trained: Trained,
+    scores: Evaluated,
 ) -> dict[str, Any]:
     """Return what is known of a run before its export; `trainable` counts the trained parameters."""
-    splits = {"train": prepared.train, "eval": prepared.eval}
     return {
         "status": "exporting",
         "method": method,
@@ -30,7 +47,7 @@ def summarize(
         "tokens_per_second": trained.tokens_per_second,
         "eval": asdict(scores),
         "rows": {split: asdict(counts) for split, counts in prepared.counts.items()},
-        "data": {split: examples.fingerprint for split, examples in splits.items() if examples is not None},
+        "fingerprints": facts,
         "versions": {name: version(name) for name in ("lora-cli", "torch", "transformers", "safetensors")},
     }
 
@@ -55,29 +72,52 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def model_card(summary: dict[str, Any], *, base_name: str, recipe_text: str) -> str:
-    """Return the card of an adapter or merged model from the run's summary so far."""
+def model_card(summary: dict[str, Any], recipe: Recipe) -> str:
+    """Return the card of an adapter or merged model from the run's summary so far; it names no folder of a machine."""
+    base = _public(recipe.model.base)
+    library = "transformers" if summary["method"] == "full" else "peft"
     lines = [
         "---",
-        f"base_model: {base_name}",
-        "library_name: peft" if summary["method"] != "full" else "library_name: transformers",
+        f"base_model: {json.dumps(base)}",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags: [lora-cli]",
         "---",
         "",
-        f"# {summary['method']} on {base_name}",
+        f"# {summary['method']} on {base}",
         "",
         f"Trained with lora-cli {summary['versions']['lora-cli']}: {summary['steps']} steps,"
         f" {summary['trained_tokens']:,} trained of {summary['tokens']:,} tokens,"
         f" {summary['trainable_parameters']:,} trainable parameters.",
         "",
     ]
-    base, tuned = summary["eval"]["base"], summary["eval"]["tuned"]
-    if tuned:
+    scores = summary["eval"]
+    if scores["tuned"]:
         lines += ["| held-out | base | tuned |", "|---|---|---|"]
-        lines += [f"| {name} | {base[name]:.4f} | {tuned[name]:.4f} |" for name in tuned]
+        lines += [
+            f"| {name} | {scores['base'][name]:.4f} | {scores['tuned'][name]:.4f} |"
+            for name in scores["tuned"]
+        ]
         lines += [""]
-    lines += ["Data, by sha256 of its tokens:", ""]
-    lines += [f"- {split}: `{fingerprint}`" for split, fingerprint in summary["data"].items()]
-    lines += ["", "## Recipe", "", "```yaml", recipe_text.rstrip(), "```", ""]
+    lines += ["Fingerprints of data (with tokenizer and settings) and base:", ""]
+    lines += [f"- {name}: `{fingerprint}`" for name, fingerprint in summary["fingerprints"].items()]
+    lines += ["", "## Recipe", "", "```yaml", _public_recipe(recipe).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _public_recipe(recipe: Recipe) -> str:
+    """Return the recipe with folders cut to their last part, since a card is published."""
+    data = recipe.data.model_copy(
+        update={
+            "train": recipe.data.train and _public(recipe.data.train),
+            "eval": recipe.data.eval and _public(recipe.data.eval),
+        }
+    )
+    model = recipe.model.model_copy(update={"base": _public(recipe.model.base)})
+    run = recipe.run.model_copy(update={"output": Path(recipe.run.output).name})
+    return dump_recipe(recipe.model_copy(update={"data": data, "model": model, "run": run}))
+
+
+def _public(name: str) -> str:
+    """Return a hub id as it is, and of a local path the last part."""
+    return Path(name).name if Path(name).expanduser().exists() else name

@@ -10,11 +10,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lora_cli.publish import sweep, write_json
+from lora_cli.errors import InputError
+from lora_cli.publish import MANIFEST, sweep, write_json
 
 RECIPE_FILE = "recipe.yaml"
 SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
+MARK = "# Written by lora-cli: the recipe of this run, every default written out."
+"""First line of a run's recipe.yaml, by which a run is known from a folder with a recipe of the user's own."""
 OURS = (
     RECIPE_FILE,
     SUMMARY_FILE,
@@ -42,16 +45,31 @@ class RunFolder:
             return None
         return summary if summary.get("status") == "done" else None
 
+    def is_run(self) -> bool:
+        """Say whether a run of ours was begun here."""
+        try:
+            with (self.path / RECIPE_FILE).open(encoding="utf-8") as file:
+                return file.readline().rstrip("\n") == MARK
+        except (OSError, ValueError):
+            return False
+
     def begin(self, recipe_text: str, *, fresh: bool) -> None:
-        """Make the folder and write the resolved recipe; with `fresh` remove what an earlier run wrote."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder and write the resolved recipe; with `fresh` remove what an earlier run wrote.
+
+        Raises:
+            InputError: the folder cannot be made or written to, or holds an export that is not ours.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"run.output: {self.path}: {error.strerror} (choose another folder)") from error
         sweep(self.path)
         if fresh:
             self._remove(OURS)
         else:
             # What comes after training is written anew; the checkpoints are what a resumed run needs.
             self._remove((SUMMARY_FILE, "generations.jsonl", "adapter", "merged"))
-        (self.path / RECIPE_FILE).write_text(recipe_text, encoding="utf-8")
+        (self.path / RECIPE_FILE).write_text(f"{MARK}\n{recipe_text}", encoding="utf-8")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json by one rename."""
@@ -61,6 +79,10 @@ class RunFolder:
         for name in names:
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
+                if name != CHECKPOINTS and not (path / MANIFEST).is_file():
+                    raise InputError(
+                        f"{path}: was not written by a run, so it stays (choose another run.output)"
+                    )
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)

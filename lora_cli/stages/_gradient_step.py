@@ -7,7 +7,6 @@ the backward pass. So a step's gradient does not depend on how its rows are spli
 from __future__ import annotations
 
 import math
-import signal
 
 import torch
 
@@ -15,6 +14,7 @@ from lora_cli.adapters import Method
 from lora_cli.errors import DivergedError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives import Objective
+from lora_cli.objectives._base import batch_tokens
 from lora_cli.recipe.schema import Train
 from lora_cli.runtime import order, schedule
 from lora_cli.runtime.checkpoint import State
@@ -47,8 +47,7 @@ class GradientStep:
             len(self.examples), settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps
         )
         self.warmup = schedule.warmup_steps(settings.warmup, self.total)
-        automatic = MICRO_BATCH_TOKENS[rt.device.type]
-        self.tokens = automatic if settings.micro_batch_tokens == "auto" else settings.micro_batch_tokens
+        self.tokens = batch_tokens(settings.micro_batch_tokens, model, at_most=MICRO_BATCH_TOKENS)
         trainable = method.trainable(model.model)
         self.optimizer = MasterAdamW(
             trainable,
@@ -58,8 +57,8 @@ class GradientStep:
             rate_factors={name: method.rate_factor(name) for name in trainable},
         )
 
-    def take(self) -> tuple[dict[str, float], int]:
-        """Make one update; return the step's metrics, and the number of a signal that asks to stop or 0.
+    def take(self) -> dict[str, float]:
+        """Make one update and return the step's metrics.
 
         Raises:
             DivergedError: the loss or gradient norm is not finite, on any process; nothing was updated.
@@ -76,10 +75,11 @@ class GradientStep:
         loss, suspect = self._backward(batches, max(units, 1.0))
         rt.sum_tensors(self.optimizer.gradients())
         # The sum carries a NaN of any process to all of them, so all stop at the same step.
-        loss, stops = rt.sum([loss, float(rt.stop_signal != 0)])
+        (loss,) = rt.sum([loss])
         norm = self.optimizer.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
-            where = f"rows {list(suspect.rows)}" if suspect else "the gradient, or another process' rows"
+            lines = sorted(self.examples.line(row) for row in suspect.rows) if suspect else []
+            where = f"lines {lines} of data.train" if suspect else "the gradient, or another process' rows"
             raise DivergedError(
                 f"step {state.step + 1}: the loss is {loss:g} and the gradient norm {float(norm):g}, from {where};"
                 " the update was not applied (lower train.learning_rate, or look at these rows)"
@@ -103,7 +103,7 @@ class GradientStep:
             "tokens": state.tokens,
             "trained_tokens": state.trained_tokens,
             "tokens_per_second": tokens / seconds,
-        }, (rt.stop_signal or signal.SIGTERM) if stops else 0
+        }
 
     def learning_rate(self) -> float:
         """Return the learning rate of the update about to be made."""

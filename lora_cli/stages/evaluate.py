@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from lora_cli.errors import DivergedError, InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives import Objective
+from lora_cli.objectives._base import batch_tokens
 from lora_cli.objectives._heldout import heldout_sums
 from lora_cli.recipe.schema import Evaluate
 from lora_cli.runtime.dist import Runtime
@@ -42,11 +44,13 @@ def run(
     """Return the scores of the base and of the tuned model; generated answers go to `folder`, where one is given.
 
     Without held-out rows both are empty. With `with_base` false (a plain model, no adapter) only `tuned` is filled.
+
+    Raises:
+        DivergedError: a held-out loss is not finite.
     """
     if prepared.eval is None:
         return Evaluated({}, {})
-    automatic = BATCH_TOKENS[rt.device.type]
-    tokens = automatic if settings.batch_tokens == "auto" else settings.batch_tokens
+    tokens = batch_tokens(settings.batch_tokens, model, at_most=BATCH_TOKENS)
     scorer = _Scorer(settings, model, objective, prepared, prepared.eval, tokens, rt, log)
     base: Scores = {}
     base_answers: list[str] = []
@@ -58,6 +62,34 @@ def run(
         scorer.write_generations(folder / GENERATIONS_FILE, base_answers, tuned_answers)
     log.table(_table(base, tuned))
     return Evaluated(base, tuned)
+
+
+def plan(settings: Evaluate, prepared: Prepared) -> int:
+    """Return the most tokens that a prompt and its generated answer can have; 0 where nothing is generated.
+
+    Raises:
+        InputError: the held-out rows have no answers to compare with.
+    """
+    if "exact_match" not in settings.metrics or prepared.eval is None:
+        return 0
+    if prepared.formats["eval"] == "text":
+        raise InputError(
+            "evaluate.metrics: exact_match needs answers, but the rows of data.eval are plain text"
+        )
+    parts = [split_answer(prepared.eval[row]) for row in _generated_rows(settings, prepared.eval)]
+    return max(len(prompt) for prompt, _ in parts) + _max_new_tokens(
+        settings, [answer for _, answer in parts]
+    )
+
+
+def _generated_rows(settings: Evaluate, examples: Examples) -> range:
+    return range(min(settings.max_generated_rows or len(examples), len(examples)))
+
+
+def _max_new_tokens(settings: Evaluate, answers: Sequence[np.ndarray]) -> int:
+    if settings.max_new_tokens != "auto":
+        return settings.max_new_tokens
+    return max(len(answer) for answer in answers)
 
 
 def split_answer(example: Example) -> tuple[np.ndarray, np.ndarray]:
@@ -87,18 +119,16 @@ class _Scorer:
         self.examples, self.tokens, self.rt, self.log = examples, tokens, rt, log
         self.generated: list[tuple[int, np.ndarray, str]] = []
         self.max_new_tokens = 1
-        # A plain text row has no prompt to answer.
-        if "exact_match" in settings.metrics and prepared.format != "text":
+        if "exact_match" in settings.metrics:
             self._choose_rows()
 
     def _choose_rows(self) -> None:
-        limit = self.settings.max_generated_rows or len(self.examples)
-        for row in range(min(limit, len(self.examples))):
+        answers = []
+        for row in _generated_rows(self.settings, self.examples):
             prompt, answer = split_answer(self.examples[row])
             self.generated.append((row, prompt, self._text(answer)))
-            self.max_new_tokens = max(self.max_new_tokens, len(answer))
-        if self.settings.max_new_tokens != "auto":
-            self.max_new_tokens = self.settings.max_new_tokens
+            answers.append(answer)
+        self.max_new_tokens = _max_new_tokens(self.settings, answers)
 
     def score(self, name: str) -> tuple[Scores, list[str]]:
         """Return the scores of the model as it is now, and the generated answers in the order of `generated`."""
@@ -120,7 +150,7 @@ class _Scorer:
         with path.open("w", encoding="utf-8") as file:
             for index, (row, prompt, reference) in enumerate(self.generated):
                 line = {
-                    "row": row,
+                    "line": self.examples.line(row),
                     "prompt": self.prepared.tokenizer.decode(prompt.tolist()),
                     "reference": reference,
                     "base": base[index] if base else None,
@@ -142,6 +172,8 @@ class _Scorer:
         self.log.stop_progress()
         loss_sum, units, correct = self.rt.sum([sums["loss"], sums["units"], sums.get("correct", 0.0)])
         loss = loss_sum / max(units, 1.0)
+        if not math.isfinite(loss):
+            raise DivergedError(f"evaluate: the held-out loss of {name} is {loss:g}; nothing was exported")
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),

@@ -6,6 +6,7 @@ merged/    a plain transformers model with the update in its weights, and the sa
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,12 +51,13 @@ def run(
     revision: str | None,
     stop_ids: Sequence[int],
     card: str,
+    facts: Mapping[str, str],
     max_shard_bytes: int,
     log: Callable[[str], None],
 ) -> dict[str, float]:
     """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
-    `card` is the model card's text. The tokenizer's files are copied from `base` byte for byte.
+    `card` is the model card's text, `facts` join the manifest. The tokenizer's files come from `base`, byte for byte.
 
     Raises:
         InputError: a target exists.
@@ -63,14 +65,14 @@ def run(
     """
     differences = {}
     for form, target in targets.items():
-        with published(target) as staging:
+        with published(target, facts=dict(facts)) as staging:
             if form == "peft":
                 _peft.write(staging, method, base_name=base_name, revision=revision)
                 difference = _reload_adapter(staging, model)
             else:
                 difference = _write_merged(staging, model, max_shard_bytes, log)
             _check(form, difference, model.model.dtype)
-            _add_companions(staging, base, model.model, stop_ids, card)
+            _add_companions(staging, base, stop_ids, card)
         differences[form] = difference
         log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
     return differences
@@ -119,13 +121,13 @@ def _write_merged(
     for layer in layers:
         layer.merge()
     merged = sample_logits(model.model)
-    with _unwrapped(model):
+    with _unwrapped(model), _plain_generation(model.model):
         model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     for layer in layers:
         layer.unmerge()
-    reread = load_model(folder, dtype=model.model.dtype, device=model.device)
     # Another exact attention rounds differently in bfloat16; it is the weights that are compared here.
-    reread.set_attn_implementation(model.model.config._attn_implementation)
+    attention = model.model.config._attn_implementation
+    reread = load_model(folder, dtype=model.model.dtype, device=model.device, attention=attention)
     if layers:
         rounding = float((merged - live).abs().max())
         log(f"merge: rounding the update into {model.model.dtype} moves a logit by at most {rounding:.1e}")
@@ -154,15 +156,24 @@ def _untie_adapted_embeddings(model: AdaptedModel) -> None:
             model.model.config.tie_word_embeddings = False
 
 
-def _add_companions(
-    folder: Path, base: Path, model: PreTrainedModel, stop_ids: Sequence[int], card: str
-) -> None:
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model has default generation settings; the real ones are written by `_add_companions`."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _add_companions(folder: Path, base: Path, stop_ids: Sequence[int], card: str) -> None:
     for name in _TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    settings = GenerationConfig(**model.generation_config.to_diff_dict()) if model.generation_config else None
-    settings = settings or GenerationConfig()
+    # Its other settings stay as they are: transformers reads some that it refuses to write.
+    source = base / "generation_config.json"
+    settings = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
     # A reader that stops at another token than the one that was trained would never stop.
-    settings.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
-    settings.save_pretrained(folder)
+    settings["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+    (folder / source.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")

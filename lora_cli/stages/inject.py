@@ -1,52 +1,118 @@
-"""Stage 2: load the base, place the adapter method in it."""
+"""Stage 2: load the base, place the adapter method in it, and see that the two can work on the prepared rows."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import Method
+from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
-from lora_cli.models.load import DTYPES, load_model
+from lora_cli.models.load import DTYPES, fastest_attention, load_model
 from lora_cli.recipe.schema import Adapter
 from lora_cli.runtime.dist import Runtime
+from lora_cli.types import Prepared
+
+_POSITION_TABLE = re.compile(r"(wpe|embed_positions|position_embeddings?)$")
 
 
 def run(
     folder: Path,
     dtype: str,
     adapter: Adapter,
+    prepared: Prepared,
     *,
     total_steps: int,
     max_length: int,
+    max_generated: int,
     seed: int,
     rt: Runtime,
     log: Callable[[str], None],
 ) -> tuple[AdaptedModel, Method]:
-    """Return the base of `folder` with the method injected, ready to train.
+    """Return the base of `folder` with the method injected, ready to train on the prepared rows.
 
     Raises:
-        InputError: the model cannot be loaded, a target matches nothing in it, or a schedule of the method does not
-            fit into `total_steps`.
+        InputError: the model cannot be loaded or cannot take these rows, a target matches nothing in it or cannot be
+            adapted, or a schedule of the method does not fit into `total_steps`.
     """
-    model = load_model(folder, dtype=DTYPES[dtype], device=rt.device, max_length=max_length)
+    attention = fastest_attention(rt.device, max_length)
+    model = load_model(folder, dtype=DTYPES[dtype], device=rt.device, attention=attention)
+    check_rows_fit(model, prepared, max_generated=max_generated)
+    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    total = sum(parameter.numel() for parameter in model.parameters())
     method = adapters.build(adapter, seed)
     method.plan(total_steps)
     layers = method.inject(model)
+    _check_forward(model)
     trainable = method.trainable(model)
     # With no adapter to switch off, the base survives only as a copy of the weights that will change.
     frozen_copy: dict[str, Tensor] = {}
     if not layers:
         frozen_copy = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    in_layers = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
-    total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_layers)
     trained = sum(parameter.numel() for parameter in trainable.values())
     log(
         f"model: {folder.name}, {total:,} parameters in {dtype} on {rt.device.type}; "
         f"{adapter.method} trains {trained:,} ({trained / total:.2%})"
         + (f" in {len(layers)} layers" if layers else "")
     )
+    if layers and experts:
+        log(f"model: {experts:,} of its parameters are experts held in 3-D tensors; they get no adapter")
     return AdaptedModel(model, layers, frozen_copy), method
+
+
+def check_rows_fit(model: PreTrainedModel, prepared: Prepared, *, max_generated: int) -> None:
+    """Refuse rows with tokens or positions that the model has no embedding for.
+
+    `max_generated` is the most tokens that evaluation will need for a prompt and its answer.
+
+    Raises:
+        InputError: a token id is beyond the embedding, or a row beyond a table of learned positions.
+    """
+    embedding: Any = model.get_input_embeddings()
+    limit = _learned_positions(model)
+    for split, examples, needed in (("train", prepared.train, 0), ("eval", prepared.eval, max_generated)):
+        if examples is None:
+            continue
+        if examples.max_token >= embedding.num_embeddings:
+            raise InputError(
+                f"data.{split}: holds token {examples.max_token}, but the model's embedding ends at"
+                f" {embedding.num_embeddings - 1} (is this the model's own tokenizer?)"
+            )
+        longest = max(int(examples.lengths.max()), needed)
+        if limit is not None and longest > limit:
+            raise InputError(
+                f"data.{split}: the longest row needs {longest} positions, but the model has {limit}"
+                " (lower data.max_length, or evaluate.max_new_tokens)"
+            )
+
+
+def _learned_positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions the model has a learned embedding for; None where positions are computed."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _POSITION_TABLE.search(name):
+            # OPT's table begins with rows that stand for no position.
+            return module.num_embeddings - int(getattr(module, "offset", 0))
+    return None
+
+
+@torch.no_grad()
+def _check_forward(model: PreTrainedModel) -> None:
+    """Run two tokens through the injected model.
+
+    Raises:
+        InputError: the model's code reaches past a wrapped layer into its weight, so an adapter would do nothing.
+    """
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+    except AttributeError as error:
+        raise InputError(
+            f"adapter.targets: this model's code does not call one of the layers but reads its parts ({error});"
+            " an adapter would have no effect there (choose other targets)"
+        ) from error

@@ -26,10 +26,11 @@ from lora_cli.data.render import Renderer, choose_template, settle_special_token
 from lora_cli.data.tokens import Encoder, backend_json
 from lora_cli.errors import InputError
 from lora_cli.recipe.schema import Data
-from lora_cli.types import Example, Prepared, Row
+from lora_cli.types import Example, Prepared, Row, Text
 
-CHUNK_ROWS = 512
-"""Rows rendered and encoded together: enough to keep all cores busy, few enough to hold in memory."""
+CHUNK_ROWS, CHUNK_CHARACTERS = 512, 1_000_000
+"""Most that is rendered and encoded together: enough to keep all cores busy, little enough to hold in memory (an
+encoded token takes about 100 bytes until it is written)."""
 
 Split = Literal["train", "eval"]
 
@@ -88,7 +89,7 @@ def run(
         tokenizer=tokenizer,
         pad_id=pad_id,
         stop_ids=stop_ids,
-        format=jobs[0].format,
+        formats={job.split: job.format for job in jobs},
         template=template,
         counts={split: Tally(**cache.meta["tally"]).counts() for split, cache in opened.items()},
     )
@@ -190,17 +191,7 @@ class _Worker:
             renderer = Renderer(self.tokenizer, self.template, self.train_on)
             self._tools = renderer, Encoder(self.tokenizer, renderer.controls)
         renderer, encoder = self._tools
-        raw_rows = islice(job.source.rows(faults), job.max_rows)
-        more = True
-        while more:
-            more = False
-            pairs: list[tuple[RawRow, Row]] = []
-            for raw in islice(raw_rows, CHUNK_ROWS):
-                more = True
-                try:
-                    pairs.append((raw, job.read(raw)))
-                except InputError as fault:
-                    faults.add(fault)
+        for pairs in _chunks(islice(job.source.rows(faults), job.max_rows), job.read, faults):
             rendered = renderer.render([row for _, row in pairs], faults)
             good = [(raw, text) for (raw, _), text in zip(pairs, rendered, strict=True) if text is not None]
             yield from zip((raw for raw, _ in good), encoder.encode([text for _, text in good]), strict=True)
@@ -231,6 +222,27 @@ class _Worker:
             parts.append(f"{tally.lost_trained_tokens:,} trained tokens lost")
         name = job.source.path.name if job.source.path else job.source.name
         return f"data.{job.split}: {name}: {job.format}{detected}, {template}: {', '.join(parts)}; {origin}"
+
+
+def _chunks(
+    raw_rows: Iterator[RawRow], read: Callable[[RawRow], Row], faults: Faults
+) -> Iterator[list[tuple[RawRow, Row]]]:
+    """Yield rows as they are read, in pieces of bounded size; a row that cannot be read joins the faults."""
+    chunk: list[tuple[RawRow, Row]] = []
+    characters = 0
+    for raw in raw_rows:
+        try:
+            row = read(raw)
+        except InputError as fault:
+            faults.add(fault)
+            continue
+        chunk.append((raw, row))
+        characters += len(row.text) if isinstance(row, Text) else sum(len(m.content) for m in row.messages)
+        if len(chunk) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _content(source: Source) -> str:

@@ -6,6 +6,7 @@ nothing.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from lora_cli.adapters import Method
@@ -14,9 +15,10 @@ from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives import Objective
 from lora_cli.objectives._heldout import heldout_sums
 from lora_cli.recipe.schema import Train
-from lora_cli.runtime.checkpoint import Checkpoints
+from lora_cli.runtime.checkpoint import Checkpoints, exports_best
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Log
+from lora_cli.runtime.run_folder import CHECKPOINTS
 from lora_cli.stages._gradient_step import GradientStep
 from lora_cli.types import Examples, Prepared, Trained
 
@@ -31,10 +33,13 @@ def run(
     *,
     seed: int,
     resume_step: int | None,
+    facts: dict[str, str],
     rt: Runtime,
     log: Log,
 ) -> Trained:
     """Train until the last step, early stopping or a signal, and leave the final weights in `model`.
+
+    `facts` (fingerprints of data and base) stand in every checkpoint, for the one who resumes from it.
 
     Raises:
         DivergedError: a loss or gradient is not finite; the update was not applied.
@@ -42,53 +47,42 @@ def run(
     """
     assert prepared.train is not None
     step = GradientStep(settings, model, method, objective, prepared.train, seed, rt)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=settings.keep_checkpoints)
-    state = step.state
+    checkpoints = Checkpoints(folder / CHECKPOINTS, keep=settings.keep_checkpoints)
     if resume_step is not None:
-        state, extra = checkpoints.load(resume_step, step.optimizer)
+        step.state, extra = checkpoints.load(resume_step, step.optimizer)
         method.load_state_dict(extra)
-        step.state = state
-    total, keep_best = (
-        step.total,
-        settings.final_weights == "best"
-        or (settings.final_weights == "auto" and settings.early_stopping is not None),
-    )
+    state, total, keep_best = step.state, step.total, exports_best(settings)
 
     def save() -> None:
-        if rt.is_main:
-            checkpoints.save(state, step.optimizer, method.state_dict(), {})
-        rt.barrier()
+        rt.in_main(lambda: checkpoints.save(state, step.optimizer, method.state_dict(), facts))
+
+    def out_of_patience() -> bool:
+        return settings.early_stopping is not None and state.evaluations_since_best >= settings.early_stopping
 
     log.open_metrics(folder, keep_steps=state.step)
     log.start_progress(total, state.step)
-    losses: list[float] = []
-    out_of_patience = False
     with rt.stoppable():
-        while state.step < total and not out_of_patience:
-            metrics, stop = step.take()
-            losses.append(metrics["loss"])
+        while state.step < total and not out_of_patience():
+            metrics = step.take()
             if state.step % settings.log_every == 0 or state.step in (1, total):
                 _report(metrics, total, log)
             log.advance(state.step, _status(metrics))
-            due = settings.eval_every is not None and state.step % settings.eval_every == 0
-            if due and prepared.eval is not None:
-                improved = _evaluate(step, prepared.eval, log)
+            if settings.eval_every is not None and state.step % settings.eval_every == 0:
+                improved = prepared.eval is not None and _evaluate(step, prepared.eval, log)
                 if improved and keep_best:
                     save()
-                patience = settings.early_stopping
-                out_of_patience = patience is not None and state.evaluations_since_best >= patience
-            ends = stop or state.step == total or out_of_patience
+            stop = rt.stop_requested()
+            ends = stop or state.step == total or out_of_patience()
             if ends or (settings.save_every is not None and state.step % settings.save_every == 0):
                 save()
-            if stop:
-                raise Stopped(f"stopped by signal {stop} after step {state.step} of {total}", stop)
+            if stop := stop or rt.stop_requested():
+                raise Stopped(f"stopped by signal {stop} after step {state.step} of {total}, saved", stop)
     log.stop_progress()
     if keep_best and state.best_step is not None:
-        checkpoints.load(state.best_step, step.optimizer)
+        _, extra = checkpoints.load(state.best_step, step.optimizer)
+        method.load_state_dict(extra)
     rate = state.tokens / state.seconds if state.seconds else 0.0
-    return Trained(
-        state.step, state.tokens, state.trained_tokens, rate, state.best_step, out_of_patience, losses
-    )
+    return Trained(state.step, state.tokens, state.trained_tokens, rate, state.best_step, out_of_patience())
 
 
 def _evaluate(step: GradientStep, examples: Examples, log: Log) -> bool:
@@ -103,7 +97,7 @@ def _evaluate(step: GradientStep, examples: Examples, log: Log) -> bool:
     )
     total, units = step.rt.sum([sums["loss"], sums["units"]])
     loss, state = total / max(units, 1.0), step.state
-    improved = state.best_loss is None or loss < state.best_loss
+    improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
     if improved:
         state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from conftest import make_model, make_rows
+from small import make_model, make_rows
 from torch.nn import functional as F
 
 from lora_cli.adapters._base import match_targets

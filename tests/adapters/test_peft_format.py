@@ -10,8 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import make_model
 from safetensors.torch import load_file, save_file
+from small import make_model
 from transformers import PreTrainedModel
 
 from lora_cli import adapters

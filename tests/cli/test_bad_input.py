@@ -10,6 +10,8 @@ import pytest
 from command_line import Result, run_here, run_process, snapshot
 from model_folders import write_model
 
+from lora_cli.runtime.run_folder import MARK
+
 ROWS = '{"prompt": "a", "completion": "b"}\n' * 3
 GOOD = "model: {base: ./base}\ndata: {train: rows.jsonl}\nrun: {output: out}\n"
 
@@ -42,7 +44,7 @@ def _bomb() -> str:
 
 def _unfinished(folder: Path) -> None:
     (folder / "out" / "checkpoints").mkdir(parents=True)
-    (folder / "out" / "recipe.yaml").write_text("x")
+    (folder / "out" / "recipe.yaml").write_text(f"{MARK}\n")
     (folder / "out" / "metrics.jsonl").write_text("{}")
 
 
@@ -216,7 +218,7 @@ def _adapter(folder: Path) -> None:
         ("merge", ["base"], ["Missing option '--output'"]),
         ("merge", ["adapter", "--output", "out", "model.base=./base", "--dtype", "int8"], ["Invalid value"]),
         ("merge", ["adapter", "--output", "base", "model.base=./base"], ["in the base model's folder"]),
-        ("merge", ["adapter", "--output", "adapter", "model.base=./base"], ["is the folder that is read"]),
+        ("merge", ["adapter", "--output", "adapter", "model.base=./base"], ["is in the folder that is read"]),
         ("merge", ["adapter", "--output", "rows.jsonl", "model.base=./base"], ["rows.jsonl exists already"]),
         ("lora", [], ["Missing command"]),
         ("lora", ["trian"], ["No such command 'trian'"]),

@@ -15,6 +15,7 @@ from lora_cli.errors import DivergedError, GateError, InputError, ResourceError,
 from lora_cli.recipe.gates import Gate
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
+from lora_cli.runtime.run_folder import MARK
 
 GOOD = "model: {base: ./base}\ndata: {train: rows.jsonl, eval: rows.jsonl}\nrun: {output: out}\n"
 
@@ -103,7 +104,7 @@ def test_eval_of_a_run_reads_the_recipe_of_the_run(
         lambda target, recipe: seen.update({target: recipe}) or {"base": {}, "tuned": {}},
     )
     (folder / "run").mkdir()
-    (folder / "run" / "recipe.yaml").write_text(GOOD + "adapter: {rank: 3}\n")
+    (folder / "run" / "recipe.yaml").write_text(f"{MARK}\n" + GOOD + "adapter: {rank: 3}\n")
     result = run_here(capsys, "eval", "run", "data.max_length=99")
     assert result.code == 0, result.errors
     recipe = seen[Path("run")]
@@ -183,7 +184,7 @@ def test_a_fault_of_ours_is_one_line_and_a_traceback_in_a_file(
 
 def _run_in(folder: Path, **summary: object) -> None:
     (folder / "out" / "checkpoints").mkdir(parents=True)
-    (folder / "out" / "recipe.yaml").write_text(GOOD)
+    (folder / "out" / "recipe.yaml").write_text(f"{MARK}\n" + GOOD)
     if summary:
         (folder / "out" / "summary.json").write_text(json.dumps(summary))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_rows
+from small import make_model, make_rows
 from transformers import PreTrainedModel
 
 from lora_cli import adapters

@@ -63,7 +63,7 @@ def test_a_row_is_detected_and_its_answer_trained(
     prepared = prepare.run(
         schema.Data(train=str(path)), "assistant", tokenizer, Runtime(torch.device("cpu")), lines.append
     )
-    assert prepared.format == name
+    assert prepared.formats == {"train": name}
     assert f"{name} (detected)" in lines[0]
     assert prepared.train is not None
     example = prepared.train[0]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
 from safetensors.torch import load_file
+from small import make_model
 from toy import write_base
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -49,6 +49,7 @@ def write(
         revision=None,
         stop_ids=[2],
         card="# card\n",
+        facts={},
         max_shard_bytes=shard,
         log=lambda line: None,
     )[form]

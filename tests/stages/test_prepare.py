@@ -107,7 +107,7 @@ def test_tokens_masks_and_counts(tmp_path, tokenizer):
     counts = prepared.counts["train"]
     assert (counts.rows, counts.kept, counts.dropped, counts.truncated) == (2, 2, 0, 0)
     assert (counts.tokens, counts.trained_tokens) == (2 * PROMPT + 15, 13)
-    assert (prepared.format, prepared.template) == ("prompt_completion", "model")
+    assert (prepared.formats["train"], prepared.template) == ("prompt_completion", "model")
     assert prepared.stop_ids == tuple(tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
     said = "data.train: a.jsonl: prompt_completion (detected), template model: 2 of 2 rows kept, 57 tokens"
     assert lines[0].startswith(f"{said}, 13 trained; ")
@@ -364,7 +364,7 @@ def test_alpaca(tokenizer):
     path = real("alpaca_en_demo.json")
     prepared, lines = run(Data(train=path), tokenizer)
     counts = prepared.counts["train"]
-    assert prepared.format == "alpaca"
+    assert set(prepared.formats.values()) == {"alpaca"}
     assert counts.rows == counts.kept + counts.dropped == 999
     rows = json.loads(Path(path).read_text(encoding="utf-8"))
     assert prepared.train is not None
