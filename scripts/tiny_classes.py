@@ -117,9 +117,9 @@ SINGLE = ["What is the {}?", "{}?", "Name the {}.", "Which {} fits?", "Give the 
 
 def classification(rng: random.Random) -> list[Exchange]:
     """A message with one sentence for each of one to four attributes; single questions about them, or JSON."""
-    # The richer attributes, which need more reading, come twice as often.
+    # The topic has the most labels and sentences, so it is learned last and comes most often.
     pool = list(
-        dict.fromkeys(rng.choices(list(ATTRIBUTES), weights=[4, 4, 2, 1, 1, 1, 1], k=rng.randint(1, 4)))
+        dict.fromkeys(rng.choices(list(ATTRIBUTES), weights=[10, 3, 2, 1, 1, 1, 1], k=rng.randint(1, 4)))
     )
     values, sentences = {}, []
     name = (
