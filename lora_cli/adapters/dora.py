@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters._base import AdapterLinear
@@ -31,7 +32,7 @@ _BLOCK = 2**20
 """Elements of W that are float32 at a time while norms are taken: 4 MB, never the whole matrix."""
 
 _CANCELLED = 1e-2
-"""Share of ||W||^2 + ||s B A||^2 below which a row's norm is computed outright: the sum lost two of seven digits."""
+"""Share of ||W||^2 below which ||W + s B A||^2 is computed outright: the sum has lost two of its seven digits."""
 
 _SMALLEST = 1e-12
 """Norm of a row of zeros, which a base may have."""
@@ -67,9 +68,9 @@ class DoraLinear(LoraLinear):
         """Return m / ||W + s B A|| (W x + s B A x) + bias: (..., in), (..., out) -> (..., out)."""
         # At injection m is the norm, bit for bit, so this is exactly zero and y is returned as it came.
         excess = self.lora_magnitude_vector / self.row_norm() - 1.0
-        z = super().adapt(x, y)
-        stretched: Tensor = _Stretch.apply(z, excess, self.base.bias)
-        return stretched
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., r)
+        adapted: Tensor = _Stretch.apply(y, h * self.scale, self.lora_B, excess, self.base.bias)
+        return adapted
 
     def merged_weight(self) -> Tensor:
         """Return W', (out, in) float32, from the norm of the whole matrix."""
@@ -91,9 +92,9 @@ class DoraLinear(LoraLinear):
     @torch.no_grad()
     def _compute_row_norm(self, a: Tensor, b: Tensor) -> Tensor:
         crossed = torch.cat([block @ a.T for _, block in self._row_blocks()])  # (out, r)
-        update = self.scale**2 * ((b @ (a @ a.T)) * b).sum(dim=1)
-        squared = self.row_squares + 2 * self.scale * (crossed * b).sum(dim=1) + update
-        cancelled = squared < _CANCELLED * (self.row_squares + update)
+        terms = torch.addmm(crossed, b, a @ a.T, beta=2 * self.scale, alpha=self.scale**2)
+        squared = self.row_squares + (terms * b).sum(dim=1)
+        cancelled = squared < _CANCELLED * self.row_squares
         if bool(cancelled.any()):
             for rows, block in self._row_blocks():
                 here = cancelled[rows]
@@ -103,28 +104,35 @@ class DoraLinear(LoraLinear):
 
 
 class _Stretch(torch.autograd.Function):
-    """z + e (z - bias): scale the rows of a layer without its bias; (..., out), (out,), (out,) -> (..., out).
+    """y + e (y - bias) + (1 + e) B h: (..., out), (..., r), (out, r), (out,), (out,) -> (..., out).
 
-    By hand, as the plain expression costs four passes over (..., out) in the backward pass and this two.
+    By hand, as the plain expression makes seven passes over (..., out), and this three: what scales the update, forward
+    and backward, is multiplied into B.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, excess: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(z, excess, bias)
-        scaled = z if bias is None else z - bias
-        return torch.addcmul(z, scaled, excess.to(z.dtype))
+    def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, excess: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y, h, b, excess, bias)
+        out = torch.addcmul(y, y if bias is None else y - bias, excess.to(y.dtype))
+        scaled = (b * (1.0 + excess)[:, None]).to(y.dtype)
+        out.view(-1, len(b)).addmm_(h.reshape(-1, b.shape[1]), scaled.T)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
-        z, excess, bias = ctx.saved_tensors
-        flat, of_bias = grad.flatten(0, -2), None
-        # Sums over the tokens are float32: there may be thousands.
-        of_excess = (flat * z.flatten(0, -2)).sum(dim=0, dtype=torch.float32)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y, h, b, excess, bias = ctx.saved_tensors
+        factor, flat = (1.0 + excess)[:, None], grad.reshape(-1, len(b))
+        of_y = torch.addcmul(grad, grad, excess.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        of_h = (flat @ (b * factor).to(grad.dtype)).view_as(h) if ctx.needs_input_grad[1] else None
+        outer = (flat.T @ h.reshape(-1, b.shape[1])).float()  # (out, r)
+        # Sums over the tokens are float32: there may be thousands. The update's part of the sum is already in `outer`.
+        of_excess = (flat * y.reshape(flat.shape)).sum(dim=0, dtype=torch.float32) + (outer * b).sum(dim=1)
+        of_bias = None
         if bias is not None:
             total = flat.sum(dim=0, dtype=torch.float32)
             of_excess -= bias.float() * total
             of_bias = (-excess * total).to(bias.dtype)
-        return torch.addcmul(grad, grad, excess.to(grad.dtype)), of_excess, of_bias
+        return of_y, of_h, outer * factor, of_excess, of_bias
 
 
 class Dora(Lora):
