@@ -31,8 +31,8 @@ from lora_cli.seeding import stream_seed
 _BLOCK = 2**20
 """Elements of W that are float32 at a time while norms are taken: 4 MB, never the whole matrix."""
 
-_CANCELLED = 1e-2
-"""Share of ||W||^2 below which ||W + s B A||^2 is computed outright: the sum has lost two of its seven digits."""
+_CANCELLED = 0.1
+"""Share of ||W||^2 below which ||W + s B A||^2 is computed outright: the sum has lost one of its seven digits."""
 
 _SMALLEST = 1e-12
 """Norm of a row of zeros, which a base may have."""
