@@ -9,9 +9,9 @@ that m is (out,). The norm is a constant to the gradient (section 4.3). It costs
 
 Where an update nearly cancels its row, these terms lose their digits in the sum, and the row is computed outright.
 
-Two departures from the authors' code, which PEFT shares: dropout acts on the low-rank path alone, so that the trained
-length sees what the base computed, and no second product with W is needed; and a bias is never scaled, with dropout
-or without, so that merged weights compute what the layer did.
+A bias stays outside the scaling, so that merged weights compute what the layer did. One departure from the authors'
+code and PEFT's: dropout acts on the low-rank path alone, not on the input that the trained length scales as well. So
+the length sees what the base computed, and no second product with W is needed.
 """
 
 from __future__ import annotations
