@@ -102,6 +102,11 @@ class Lora(Method):
         }
 
     @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Say whether an adapter_config.json is LoRA's and not DoRA's, which PEFT gives the same type."""
+        return super().reads(config) and config.get("use_dora") is not True
+
+    @classmethod
     def from_disk_config(cls, config: Mapping[str, Any], where: str) -> Lora:
         """Return the method that an adapter_config.json describes."""
         _peft.require(

@@ -229,7 +229,7 @@ def _unknown(draft: _Draft, path: Path_) -> str:
     chosen = f"{path[0]}.{discriminator} {_variant(draft, path)}"
     if place.startswith("override "):
         chosen += f", chosen by {place.partition(': ')[0]}"
-    return f"is a key of {' and '.join(owners)}, not of {chosen} (remove one of the two)"
+    return f"is a key of {', '.join(owners)}, not of {chosen} (remove one of the two)"
 
 
 def _wrong(draft: _Draft, path: Path_) -> str:

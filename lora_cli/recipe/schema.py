@@ -32,6 +32,14 @@ def _regex_fault(pattern: str) -> str | None:
     return None
 
 
+def _target_conflicts(targets: str | list[str]) -> Iterator[Conflict]:
+    """Yield a list of targets that names nothing, or an expression that does not compile."""
+    if not targets:
+        yield Conflict("adapter.targets", "found nothing (name at least one layer, or write all-linear)")
+    elif isinstance(targets, str) and (fault := _regex_fault(targets)):
+        yield Conflict("adapter.targets", fault)
+
+
 class Model(Section):
     """The base model."""
 
@@ -108,11 +116,54 @@ class LoraAdapter(Section):
     (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Yield a list of targets that names nothing, or an expression that does not compile."""
-        if not self.targets:
-            yield Conflict("adapter.targets", "found nothing (name at least one layer, or write all-linear)")
-        elif isinstance(self.targets, str) and (fault := _regex_fault(self.targets)):
-            yield Conflict("adapter.targets", fault)
+        """Yield what is wrong with the targets."""
+        yield from _target_conflicts(self.targets)
+
+
+class DoraAdapter(Section):
+    """LoRA that trains the length of each weight row apart from its direction (arXiv 2402.09353)."""
+
+    method: Literal["dora"] = "dora"
+    """Which method adapts the model."""
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Rank r of the update B A of the direction. Parameters grow linearly with it."""
+    alpha: Annotated[float, Field(gt=0, le=1_000_000)] = 32.0
+    """The update of the direction is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of zeroing an input of the low-rank path while training; the base path sees every input."""
+    targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
+    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield what is wrong with the targets."""
+        yield from _target_conflicts(self.targets)
+
+
+class VeraAdapter(Section):
+    """Two trained vectors a layer, between random matrices that all layers share (arXiv 2310.11454)."""
+
+    method: Literal["vera"] = "vera"
+    """Which method adapts the model."""
+    rank: Annotated[int, Field(ge=1, le=4096)] = 256
+    """Rank r of the shared matrices; far above LoRA's, as it costs r trained numbers a layer. At most the smaller of
+    the largest input and the largest output among the target layers."""
+    d_initial: Annotated[float, Field(gt=0, le=10.0)] = 0.1
+    """Start of the trained vector between the shared matrices. The paper's best values are 0.1 and below."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of zeroing an input of the adapter while training."""
+    targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
+    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
+    projection_seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """The shared matrices are a function of it (PEFT's projection_prng_key), not of run.seed."""
+    save_projection: bool = True
+    """Write the shared matrices into the adapter and the checkpoints. false: smaller files, whose reader draws the
+    matrices again and depends on torch's generator."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield what is wrong with the targets."""
+        yield from _target_conflicts(self.targets)
 
 
 class FullAdapter(Section):
@@ -129,7 +180,7 @@ class FullAdapter(Section):
             yield Conflict("adapter.parameters", fault)
 
 
-Adapter = Annotated[LoraAdapter | FullAdapter, Field(discriminator="method")]
+Adapter = Annotated[LoraAdapter | DoraAdapter | VeraAdapter | FullAdapter, Field(discriminator="method")]
 
 
 class SftObjective(Section):
