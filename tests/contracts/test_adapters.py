@@ -20,6 +20,7 @@ from lora_cli.types import Progress
 SETTINGS: dict[str, schema.Section] = {
     "lora": schema.LoraAdapter(rank=4, alpha=8.0),
     "full": schema.FullAdapter(),
+    "adalora": schema.AdaLoraAdapter(initial_rank=6, target_rank=4, alpha=48.0),
 }
 """One block per method; a method without one fails `test_every_method_is_covered`."""
 
