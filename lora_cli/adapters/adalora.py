@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters import _peft
-from lora_cli.adapters._adalora_budget import Importance, Schedule, budget, settle_schedule
+from lora_cli.adapters._adalora_budget import Importance, Schedule, budget, is_rank_pattern, settle_schedule
 from lora_cli.adapters._base import AdapterLinear, Method, OptimizerState
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
@@ -261,14 +261,13 @@ class AdaLora(Method):
             "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in self.layers.values()),
             "bias": "none",
             "init_lora_weights": True,
-            "layers_to_transform": None,
-            "layers_pattern": None,
-            "modules_to_save": None,
+            **dict.fromkeys(("layers_to_transform", "layers_pattern", "modules_to_save")),
         }
 
     @classmethod
     def from_disk_config(cls, config: Mapping[str, Any], where: str) -> AdaLora:
         """Return the method that an adapter_config.json describes; its layers have the ranks of the pattern."""
+        pattern = config.get("rank_pattern")
         rules = {
             name: (f"an integer of at least {least}", _peft.is_integer(config.get(name), least=least))
             for name, least in (
@@ -284,37 +283,18 @@ class AdaLora(Method):
             lora_dropout=("0 to 1", _peft.is_number(config.get("lora_dropout", 0.0), below=1.0)),
             orth_reg_weight=("at least 0", _peft.is_number(config.get("orth_reg_weight"))),
             bias=("none", config.get("bias", "none") == "none"),
-            init_lora_weights=(
-                "a start that leaves the base as it is", config.get("init_lora_weights", True) is True
-            ),
-            rank_pattern=("lists of init_r true or false", _is_pattern(config)),
+            init_lora_weights=("true or false", isinstance(config.get("init_lora_weights", True), bool)),
+            rank_pattern=("lists of init_r true or false", is_rank_pattern(pattern, config.get("init_r"))),
             **rules,
-        )  # fmt: skip
-        method = cls(
-            initial_rank=config["init_r"],
-            target_rank=config["target_r"],
-            alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
-            targets=config["target_modules"],
-            beta1=config["beta1"],
-            beta2=config["beta2"],
-            orthogonal_weight=config["orth_reg_weight"],
         )
+        method = cls(
+            initial_rank=config["init_r"], target_rank=config["target_r"], alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout", 0.0), targets=config["target_modules"],
+            beta1=config["beta1"], beta2=config["beta2"], orthogonal_weight=config["orth_reg_weight"],
+        )  # fmt: skip
         method.schedule = Schedule(config["total_step"], config["tinit"], config["tfinal"], config["deltaT"])
-        pattern: dict[str, list[bool]] = config.get("rank_pattern") or {}
-        method.pattern = {name.removesuffix(".lora_E"): rows for name, rows in pattern.items()}
+        method.pattern = {name.removesuffix(".lora_E"): rows for name, rows in (pattern or {}).items()}
         return method
-
-
-def _is_pattern(config: Mapping[str, Any]) -> bool:
-    """Say whether the rank pattern has a list of `init_r` booleans for each name of a `lora_E`, or is empty."""
-    pattern = config.get("rank_pattern")
-    return pattern is None or (
-        isinstance(pattern, dict)
-        and all(name.endswith(".lora_E") and isinstance(rows, list) for name, rows in pattern.items())
-        and all(len(rows) == config.get("init_r") for rows in pattern.values())
-        and all(isinstance(row, bool) for rows in pattern.values() for row in rows)
-    )
 
 
 METHOD = AdaLora
