@@ -175,6 +175,10 @@ class Method:
     def after_step(self, optimizer: OptimizerState, progress: Progress) -> None:
         """Act after the optimizer's step and before its gradients are forgotten; `progress.step` counts from 0."""
 
+    def report(self) -> list[str]:
+        """Return lines on what the method came to, to be logged after the last step."""
+        return []
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs besides the trained parameters and the optimizer's state."""
         return {}

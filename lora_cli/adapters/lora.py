@@ -57,6 +57,10 @@ class LoraLinear(AdapterLinear):
         """Return A (r, in) and B (out, r) by PEFT's names."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
+    def plain_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) float32 whose product B A is the whole update, the scale in B."""
+        return self.lora_A.detach(), self.lora_B.detach() * self.scale
+
 
 class Lora(Method):
     """LoRA on the layers that `targets` names; `alpha / rank` scales the update."""

@@ -166,6 +166,46 @@ class VeraAdapter(Section):
         yield from _target_conflicts(self.targets)
 
 
+class AdaLoraAdapter(Section):
+    """Low-rank adapters that share one rank budget, moved while training to the layers that need it (2303.10512)."""
+
+    method: Literal["adalora"] = "adalora"
+    """Which method adapts the model."""
+    initial_rank: Annotated[int, Field(ge=1, le=4096)] = 12
+    """Rank of every layer at the start."""
+    target_rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Mean rank at the end; a single layer may end anywhere from 0 to initial_rank."""
+    alpha: Annotated[float, Field(gt=0, le=1_000_000)] = 32.0
+    """The update is scaled by alpha / initial_rank, also after pruning."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of zeroing an input of the adapter while training."""
+    targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
+    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
+    tinit: NonNegativeInt | None = None
+    """Last step, counted from 0, before ranks begin to fall. null: a tenth of the run."""
+    tfinal: PositiveInt | None = None
+    """Steps at the end with final ranks, the step that settles them included. null: three tenths of the run."""
+    delta_t: PositiveInt | None = None
+    """Steps between two budget updates. null: so many that there are at least 100, or one at every step."""
+    beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
+    """Decay rate of the average of a weight's sensitivity |w dL/dw|."""
+    beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
+    """Decay rate of the average of that sensitivity's uncertainty."""
+    orthogonal_weight: Annotated[float, Field(ge=0.0, le=1_000.0)] = 0.5
+    """Weight of the penalty that keeps rows of A and columns of B orthogonal; it is trained on, but is no part of a
+    reported loss. 0: none."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield ranks that would have to grow, and targets as in LoRA."""
+        if self.initial_rank < self.target_rank:
+            message = (
+                f"found {self.target_rank}, above adapter.initial_rank {self.initial_rank} (ranks only fall)"
+            )
+            yield Conflict("adapter.target_rank", message, reads=("adapter.initial_rank",))
+        yield from _target_conflicts(self.targets)
+
+
 class FullAdapter(Section):
     """Full fine-tuning: no adapter, the model's own weights are trained."""
 
@@ -180,7 +220,9 @@ class FullAdapter(Section):
             yield Conflict("adapter.parameters", fault)
 
 
-Adapter = Annotated[LoraAdapter | DoraAdapter | VeraAdapter | FullAdapter, Field(discriminator="method")]
+Adapter = Annotated[
+    LoraAdapter | DoraAdapter | VeraAdapter | AdaLoraAdapter | FullAdapter, Field(discriminator="method")
+]
 
 
 class SftObjective(Section):

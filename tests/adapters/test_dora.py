@@ -8,8 +8,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from small import make_model, make_rows
 from safetensors.torch import load_file
+from small import make_model, make_rows
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D

@@ -9,8 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from small import make_model, make_rows
 from safetensors.torch import load_file, save_file
+from small import make_model, make_rows
 from torch import nn
 
 from lora_cli import adapters

@@ -22,6 +22,7 @@ SETTINGS: dict[str, schema.Section] = {
     "dora": schema.DoraAdapter(rank=4, alpha=8.0),
     "vera": schema.VeraAdapter(rank=16),
     "full": schema.FullAdapter(),
+    "adalora": schema.AdaLoraAdapter(initial_rank=6, target_rank=4, alpha=48.0),
 }
 """One block per method; a method without one fails `test_every_method_is_covered`."""
 
