@@ -84,7 +84,8 @@ def run(
                 raise Stopped(f"stopped by signal {stop} after step {state.step} of {total}", stop)
     log.stop_progress()
     if keep_best and state.best_step is not None:
-        checkpoints.load(state.best_step, step.optimizer)
+        _, extra = checkpoints.load(state.best_step, step.optimizer)
+        method.load_state_dict(extra)
     rate = state.tokens / state.seconds if state.seconds else 0.0
     return Trained(
         state.step, state.tokens, state.trained_tokens, rate, state.best_step, out_of_patience, losses
