@@ -145,7 +145,7 @@ class ReloraAdapter(Section):
     """Part of the moments' entries that a restart zeroes. Not used by reset zero."""
     export_rank: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Largest rank of the exported PEFT adapter, which holds all updates in one; less than their whole rank loses
-    something, and the error is printed. null: their whole rank."""
+    something, and the error is printed (`export.formats: [merged]` loses nothing). null: their whole rank."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield faults of the targets, a re-warm-up as long as a cycle, and a fraction that is not used."""

@@ -71,7 +71,7 @@ def run(
                 _peft.write(staging, written, base_name=base_name, revision=revision)
                 difference, from_live = _reload_adapter(staging, model, written)
                 if errors:
-                    note = _approximation(written, errors, from_live)
+                    note = _approximation(written, errors, from_live, model.model.dtype)
                     log(f"export: {note}")
             else:
                 difference = _write_merged(staging, model, max_shard_bytes, log)
@@ -123,13 +123,13 @@ def _reload_adapter(folder: Path, model: AdaptedModel, written: Method) -> tuple
     return float((read - meant).abs().max()), float((read - live).abs().max())
 
 
-def _approximation(written: Method, errors: Mapping[str, float], from_live: float) -> str:
-    """Say how far an adapter is from the update it stands for."""
+def _approximation(written: Method, errors: Mapping[str, float], from_live: float, dtype: torch.dtype) -> str:
+    """Say how far an adapter is from the update it stands for; the logits' difference has rounding in it too."""
     worst = max(errors, key=lambda path: errors[path])
     return (
         f"The update is written as {written.peft_type} of rank {written.disk_config()['r']}: relative error"
         f" {sum(errors.values()) / len(errors):.1e} in the mean, {errors[worst]:.1e} at worst ({worst});"
-        f" logits differ from the trained model's by at most {from_live:.1e}"
+        f" logits, in {str(dtype).removeprefix('torch.')}, differ from the trained model's by at most {from_live:.1e}"
     )
 
 
