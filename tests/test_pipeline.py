@@ -125,6 +125,9 @@ def test_the_same_recipe_gives_the_same_bits(job: Run, tmp_path: Path) -> None:
         {"method": "dora", "rank": 4, "dropout": 0.1},
         {"method": "vera", "rank": 16, "dropout": 0.1},
         {"method": "vera", "rank": 16, "save_projection": False},
+        # stopped exactly at a restart, and in the middle of a cycle
+        {"method": "relora", "rank": 4, "dropout": 0.1, "restart_every": 2, "restart_warmup": 1},
+        {"method": "relora", "rank": 4, "dropout": 0.1, "restart_every": 3, "reset": "random"},
         {"method": "full"},
     ],
 )
@@ -152,11 +155,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(job: Run, tmp_path: Path, met
     assert losses[0] == losses[1]
 
 
-def test_best_weights_are_kept(job: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [{"method": "lora"}, {"method": "relora", "rank": 4, "restart_every": 1}],
+    ids=["lora", "relora"],
+)
+def test_best_weights_are_kept(job: Run, tmp_path: Path, method: dict[str, Any]) -> None:
     """With early stopping the run ends after `patience` evaluations without a better loss, and exports the best."""
     summary = job(
         train__eval_every=1, train__early_stopping=2, train__learning_rate=1.0, train__schedule="constant",
-        train__epochs=20, train__keep_checkpoints=1,
+        train__epochs=20, train__keep_checkpoints=1, adapter=method,
     )  # fmt: skip
     run = tmp_path / "job" / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

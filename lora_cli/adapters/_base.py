@@ -191,6 +191,14 @@ class Method:
         """Return the method's part of PEFT's adapter_config.json."""
         return {}
 
+    def as_peft(self) -> tuple[Method, dict[str, float]]:
+        """Return a method that PEFT's format can hold, with layers around the same bases, and what that loses.
+
+        The loss is the relative error in the Frobenius norm of each layer's update, by path; empty for a method that
+        is written as it is.
+        """
+        return self, {}
+
     def shared_disk_tensors(self) -> dict[str, Tensor]:
         """Return tensors that belong to no single layer, by their whole PEFT names."""
         return {}

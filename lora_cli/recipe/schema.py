@@ -99,6 +99,14 @@ class Data(Section):
             yield Conflict("data.format", message, reads=("data.fields",))
 
 
+def _target_conflicts(targets: str | list[str]) -> Iterator[Conflict]:
+    """Yield a list of targets that names nothing, or an expression that does not compile."""
+    if not targets:
+        yield Conflict("adapter.targets", "found nothing (name at least one layer, or write all-linear)")
+    elif isinstance(targets, str) and (fault := _regex_fault(targets)):
+        yield Conflict("adapter.targets", fault)
+
+
 class LoraAdapter(Section):
     """Low-rank adapters beside frozen linear layers (arXiv 2106.09685)."""
 
@@ -206,6 +214,48 @@ class AdaLoraAdapter(Section):
         yield from _target_conflicts(self.targets)
 
 
+class ReloraAdapter(Section):
+    """LoRA that is merged and restarted, so that its updates add up to a higher rank (arXiv 2307.05695)."""
+
+    method: Literal["relora"] = "relora"
+    """Which method adapts the model."""
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Rank of the update of one cycle; the sum over n cycles has up to n times this rank."""
+    alpha: Annotated[float, Field(gt=0, le=1_000_000)] = 32.0
+    """Each update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of zeroing an input of the adapter while training; what was merged before is not affected."""
+    targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
+    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
+    restart_every: PositiveInt | None = None
+    """Steps from one restart to the next. null: a quarter of all steps; give a number if the run may be prolonged."""
+    restart_warmup: NonNegativeInt | None = None
+    """Steps after each restart in which the learning rate climbs back to the schedule. null: a tenth of
+    `restart_every`. The run's own warm-up is `train.warmup`."""
+    reset: Literal["magnitude", "random", "zero"] = "magnitude"
+    """What a restart does to the optimizer's moments of the adapters. magnitude: zeroes the smallest entries. random:
+    zeroes drawn entries. zero: zeroes all."""
+    reset_fraction: Fraction = 0.9
+    """Part of the moments' entries that a restart zeroes. Not used by reset zero."""
+    export_rank: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Largest rank of the exported PEFT adapter, which holds all updates in one; less than their whole rank loses
+    something, and the error is printed (`export.formats: [merged]` loses nothing). null: their whole rank."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield faults of the targets, a re-warm-up as long as a cycle, and a fraction that is not used."""
+        yield from _target_conflicts(self.targets)
+        every, warmup = self.restart_every, self.restart_warmup
+        if every is not None and warmup is not None and warmup >= every:
+            message = f"found {warmup} steps, but a restart comes every {every} steps (at most {every - 1})"
+            yield Conflict("adapter.restart_warmup", message, reads=("adapter.restart_every",))
+        if self.reset == "zero" and self.reset_fraction not in (0.9, 1.0):
+            message = (
+                f"found {self.reset_fraction}, but reset zero zeroes everything (use magnitude or random)"
+            )
+            yield Conflict("adapter.reset_fraction", message, reads=("adapter.reset",))
+
+
 class FullAdapter(Section):
     """Full fine-tuning: no adapter, the model's own weights are trained."""
 
@@ -221,7 +271,8 @@ class FullAdapter(Section):
 
 
 Adapter = Annotated[
-    LoraAdapter | DoraAdapter | VeraAdapter | AdaLoraAdapter | FullAdapter, Field(discriminator="method")
+    LoraAdapter | DoraAdapter | VeraAdapter | AdaLoraAdapter | ReloraAdapter | FullAdapter,
+    Field(discriminator="method"),
 ]
 
 

@@ -26,7 +26,7 @@ from lora_cli.models.load import load_model
 from lora_cli.publish import published
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Largest logit difference, absolute, between what was written and the live model."""
+"""Largest logit difference, absolute, between what was meant to be written and what was read back."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,22 +57,29 @@ def run(
 ) -> dict[str, float]:
     """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
-    `card` is the model card's text, `facts` join the manifest. The tokenizer's files come from `base`, byte for byte.
+    A method that PEFT cannot hold is written as one that it can, and how far that is from it is logged and said in the
+    model card. `card` is the model card's text, `facts` join the manifest. The tokenizer's files come from `base`, byte
+    for byte.
 
     Raises:
         InputError: a target exists.
-        LoraError: what was read back differs from the live model by more than LIMITS; nothing is published.
+        LoraError: what was read back differs from what was meant by more than LIMITS; nothing is published.
     """
     differences = {}
     for form, target in targets.items():
+        note = ""
         with published(target, facts=dict(facts)) as staging:
             if form == "peft":
-                _peft.write(staging, method, base_name=base_name, revision=revision)
-                difference = _reload_adapter(staging, model)
+                written, errors = method.as_peft()
+                _peft.write(staging, written, base_name=base_name, revision=revision)
+                difference, from_live = _reload_adapter(staging, model, written)
+                if errors:
+                    note = _approximation(written, errors, from_live, model.model.dtype)
+                    log(f"export: {note}")
             else:
                 difference = _write_merged(staging, model, max_shard_bytes, log)
             _check(form, difference, model.model.dtype)
-            _add_companions(staging, base, stop_ids, card)
+            _add_companions(staging, base, stop_ids, f"{card}\n{note}\n" if note else card)
         differences[form] = difference
         log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
     return differences
@@ -82,7 +89,7 @@ def _check(form: str, difference: float, dtype: torch.dtype) -> None:
     limit = LIMITS[dtype]
     if not difference <= limit:
         raise LoraError(
-            f"export.{form}: read back, its logits differ from the live model's by {difference:.2e}"
+            f"export.{form}: read back, its logits differ from what was written by {difference:.2e}"
             f" (the limit is {limit:g} in {str(dtype).removeprefix('torch.')}; nothing was published)"
         )
 
@@ -100,15 +107,33 @@ def sample_logits(model: PreTrainedModel) -> Tensor:
     return logits
 
 
-def _reload_adapter(folder: Path, model: AdaptedModel) -> float:
-    """Read the adapter as a user would, around the same frozen base; return the largest logit difference."""
+def _reload_adapter(folder: Path, model: AdaptedModel, written: Method) -> tuple[float, float]:
+    """Read the adapter as a user would, around the same frozen base.
+
+    Returns the largest logit differences to what was meant to be written, and to the live model.
+    """
     live = sample_logits(model.model)
     with _unwrapped(model):
+        for path, layer in written.layers.items():
+            replace_module(model.model, path, layer)
+        meant = sample_logits(model.model)
+        for path, layer in written.layers.items():
+            replace_module(model.model, path, layer.base)
         reloaded = adapters.load(folder, model.model)
-        difference = float((sample_logits(model.model) - live).abs().max())
+        read = sample_logits(model.model)
         for path, layer in reloaded.layers.items():
             replace_module(model.model, path, layer.base)
-    return difference
+    return float((read - meant).abs().max()), float((read - live).abs().max())
+
+
+def _approximation(written: Method, errors: Mapping[str, float], from_live: float, dtype: torch.dtype) -> str:
+    """Say how far an adapter is from the update it stands for; the logits' difference has rounding in it too."""
+    worst = max(errors, key=lambda path: errors[path])
+    return (
+        f"The update is written as {written.peft_type} of rank {written.disk_config()['r']}: relative error"
+        f" {sum(errors.values()) / len(errors):.1e} in the mean, {errors[worst]:.1e} at worst ({worst});"
+        f" logits, in {str(dtype).removeprefix('torch.')}, differ from the trained model's by at most {from_live:.1e}"
+    )
 
 
 def _write_merged(

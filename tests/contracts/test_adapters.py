@@ -23,6 +23,7 @@ SETTINGS: dict[str, schema.Section] = {
     "vera": schema.VeraAdapter(rank=16),
     "full": schema.FullAdapter(),
     "adalora": schema.AdaLoraAdapter(initial_rank=6, target_rank=4, alpha=48.0),
+    "relora": schema.ReloraAdapter(rank=4, alpha=8.0, restart_every=2),
 }
 """One block per method; a method without one fails `test_every_method_is_covered`."""
 
@@ -30,6 +31,7 @@ CONSTANT_START = {"full", "vera"}
 """Methods whose trained parameters start from constants or from the base, whatever the seed."""
 
 WITH_LAYERS = [name for name in sorted(SETTINGS) if name != "full"]
+STEPS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -39,21 +41,23 @@ def injected(
     """Return a model with the method in it."""
     model = make_model(architecture, dtype)
     method = adapters.build(SETTINGS[name], seed=3)
+    method.plan(STEPS)
     method.inject(model)
     return model, method
 
 
-def train(model: PreTrainedModel, method: Method, steps: int = 3, rate: float = 1e-2) -> None:
+def train(model: PreTrainedModel, method: Method, rate: float = 1e-2) -> None:
     """Train a few steps the way the loop does."""
     adapted, objective = AdaptedModel(model, method.layers), Sft(pad_id=0)
     optimizer = MasterAdamW(method.trainable(model))
     rows = list(enumerate(make_rows(8)))
     model.train()
-    for step in range(steps):
-        for batch in objective.micro_batches(adapted, rows, Progress(step, steps), tokens=128):
+    for step in range(STEPS):
+        for batch in objective.micro_batches(adapted, rows, Progress(step, STEPS), tokens=128):
             loss, _ = objective.loss_sum(adapted, batch)
             loss.backward()
-        optimizer.step(rate)
+        optimizer.step(rate * method.schedule_factor(step))
+        method.after_step(optimizer, Progress(step, STEPS))
         optimizer.zero_grad()
     model.eval()
 

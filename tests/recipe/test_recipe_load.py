@@ -107,7 +107,15 @@ def test_every_problem_is_told_in_one_pass_in_the_order_of_the_file(tmp_path: Pa
         ("train: 5", "found 5 (must be a block of keys: epochs, max_steps"),
         ("data: {fields: {prompt: x}}", "1:8: data.fields.completion: is missing (text)"),
         ("data: {fields: {prompt: x, completion: {a}}}", 'found a block, {"a": null} (must be text; put'),
-        ("adapter: {method: full, rank: 8}", "1:25: adapter.rank: is a key of lora, "),
+        ("adapter: {method: lora, parameters: all}", "1:25: adapter.parameters: is a key of full, not of adapter"),
+        (
+            "adapter: {method: relora, restart_every: 9, restart_warmup: 9}",
+            "1:45: adapter.restart_warmup: found 9 steps, but a restart comes every 9 steps (at most 8)",
+        ),
+        (
+            "adapter: {method: relora, reset: zero, reset_fraction: 0.5}",
+            "1:40: adapter.reset_fraction: found 0.5, but reset zero zeroes everything",
+        ),
         ("adapter: {targets: '['}", "1:11: adapter.targets: '[' is not a regular expression"),
         ("adapter: {targets: []}", "1:11: adapter.targets: found nothing"),
         ("adapter: {method: full}\nexport: {formats: [peft]}", "2:10: export.formats: found peft, but full"),
@@ -167,13 +175,12 @@ def test_overrides_follow_the_recipe(tmp_path: Path) -> None:
 
 
 def test_an_override_of_the_method_names_the_keys_it_leaves_behind(tmp_path: Path) -> None:
-    """`adapter.method=full` over a recipe with `rank` names the key in the way and the override."""
-    lines = problems_of(tmp_path, "adapter: {method: lora, rank: 8}", "adapter.method=full")
-    (line,) = lines
-    assert line.startswith("1:25: adapter.rank: is a key of lora, ")
-    assert line.endswith(
-        ", not of adapter.method full, chosen by override adapter.method=full (remove one of the two)"
-    )
+    """`adapter.method=lora` over a recipe with `parameters` names the key in the way and the override."""
+    lines = problems_of(tmp_path, "adapter: {method: full, parameters: all}", "adapter.method=lora")
+    assert lines == [
+        "1:25: adapter.parameters: is a key of full, not of adapter.method lora, "
+        "chosen by override adapter.method=lora (remove one of the two)"
+    ]
     path = tmp_path / "r.yaml"
     assert isinstance(load_recipe(path, ["adapter={method: full}"]).adapter, FullAdapter)
 
