@@ -22,6 +22,7 @@ from lora_cli.data.render import settle_special_tokens
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, base_folder, load_model, load_tokenizer
+from lora_cli.models.nf4 import Quantization
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.load import load_recipe
@@ -36,7 +37,7 @@ from lora_cli.runtime.run_folder import CHECKPOINTS, RECIPE_FILE, RunFolder
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import export, inject, prepare
 from lora_cli.stages import train as train_stage
-from lora_cli.types import Prepared
+from lora_cli.types import Example, Examples, Prepared
 
 FOLDERS = {"peft": "adapter", "merged": "merged"}
 
@@ -66,7 +67,7 @@ def train(
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         with _timed(seconds, "inject"):
             model, method = inject.run(
-                base, recipe.model.dtype, recipe.adapter, total_steps=_total_steps(recipe, prepared),
+                base, recipe.model.dtype, recipe.adapter, quantization=_quantization(recipe), total_steps=_total_steps(recipe, prepared),
                 max_length=recipe.data.max_length, seed=recipe.run.seed, rt=rt, log=log.line,
             )  # fmt: skip
         resume_step = _begin(folder, recipe, resume, rt, log)
@@ -84,7 +85,8 @@ def train(
         with _timed(seconds, "export"):
             card = report.model_card(summary, base_name=recipe.model.base, recipe_text=dump_recipe(recipe))
             targets = {form: folder.path / FOLDERS[form] for form in recipe.export_formats()}
-            differences = _export(targets, recipe, base, model, method, prepared.stop_ids, card, rt, log)
+            sample = _sample(prepared.eval or prepared.train)
+            differences = _export(targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample)
 
         summary = report.complete(summary, differences, seconds, rt.device)
         if rt.is_main:
@@ -105,7 +107,9 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         )
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         dtype, longest = DTYPES[recipe.model.dtype], recipe.data.max_length
-        model = load_model(base, dtype=dtype, device=rt.device, max_length=longest)
+        model = load_model(
+            base, dtype=dtype, device=rt.device, max_length=longest, quantization=_quantization(recipe)
+        )
         layers = adapters.load(adapter, model).layers if adapter is not None else {}
         scores = evaluate_stage.run(
             recipe.evaluate, AdaptedModel(model, layers), objective, prepared,
@@ -123,14 +127,17 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
             raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
-        model = load_model(base, dtype=DTYPES[dtype or recipe.model.dtype], device=rt.device)
+        sample = _held_out_sample(recipe, base, rt, log)
+        model = load_model(
+            base, dtype=DTYPES[dtype or recipe.model.dtype], device=rt.device, quantization=_quantization(recipe)
+        )
         method = adapters.load(adapter, model)
         _, stop_ids = settle_special_tokens(load_tokenizer(base), recipe.data.template)
         card = adapter / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, merged\n"
         adapted = AdaptedModel(model, method.layers)
-        differences = _export({"merged": output}, recipe, base, adapted, method, stop_ids, text, rt, log)
-        return {"output": str(output), "max_logit_difference": differences["merged"]}
+        differences = _export({"merged": output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample)
+        return {"output": str(output), "max_logit_difference": differences.pop("merged"), **differences}
 
 
 def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
@@ -163,6 +170,25 @@ def _begin(folder: RunFolder, recipe: Recipe, resume: bool, rt: Runtime, log: Lo
     return step
 
 
+def _quantization(recipe: Recipe) -> Quantization | None:
+    form = recipe.quantization()
+    return None if form == "none" else Quantization(form, recipe.model.double_quant)
+
+
+def _sample(examples: Examples | None) -> list[Example]:
+    """Return the rows that a merged model of a quantized base is measured on."""
+    return [examples[row] for row in range(min(16, len(examples)))] if examples is not None else []
+
+
+def _held_out_sample(recipe: Recipe, base: Path, rt: Runtime, log: Log) -> list[Example]:
+    """Return held-out rows for a merge that is measured; none where they are not wanted or no longer there."""
+    held_out = recipe.data.eval
+    if recipe.quantization() == "none" or held_out is None or not Path(held_out).expanduser().exists():
+        return []
+    tokenizer, train_on = load_tokenizer(base), recipe.objective.train_on
+    return _sample(prepare.run(recipe.data, train_on, tokenizer, rt, log.line, need_train=False).eval)
+
+
 def _total_steps(recipe: Recipe, prepared: Prepared) -> int:
     assert prepared.train is not None
     rows, plan = len(prepared.train), recipe.train
@@ -188,7 +214,8 @@ def _export(
     card: str,
     rt: Runtime,
     log: Log,
-) -> dict[str, float]:
+    sample: Sequence[Example],
+) -> dict[str, Any]:
     """Export in the one process that writes; return the logit difference of each format after it was read back."""
     if not rt.is_main:
         return {}
@@ -197,7 +224,7 @@ def _export(
     return export.run(
         targets, model, method,
         base=base, base_name=str(base.resolve()) if local else recipe.model.base, revision=recipe.model.revision,
-        stop_ids=stop_ids, card=card, max_shard_bytes=recipe.export.max_shard_bytes, log=log.line,
+        stop_ids=stop_ids, card=card, settings=recipe.export, sample=sample, log=log.line,
     )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from lora_cli.errors import InputError
+from lora_cli.models.load_quantized import load_quantized
+from lora_cli.models.nf4 import Quantization
 from lora_cli.models.safety import TINY, check_model_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -75,15 +77,25 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, max_length: int | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_length: int | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Return the folder's decoder-only model in `dtype` on `device`, in evaluation mode.
 
     `max_length` is the longest row it will see, in tokens; it decides only which exact attention is fastest.
+    With `quantization` its linear layers, but for the output head, are stored in that form and compute in `dtype`.
 
     Raises:
-        InputError: it is not a causal language model that transformers knows, or a weight is missing or misshapen.
+        InputError: it is not a causal language model that transformers knows, a weight is missing or misshapen, or
+            it cannot be quantized as it is read.
     """
+    attention = _attention(device, max_length)
+    if quantization is not None:
+        return load_quantized(folder, quantization, dtype=dtype, device=device, attention=attention)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -91,7 +103,7 @@ def load_model(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            attn_implementation=_attention(device, max_length),
+            attn_implementation=attention,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:

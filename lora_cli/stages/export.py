@@ -22,7 +22,11 @@ from lora_cli.adapters._base import AdapterLinear, replace_module
 from lora_cli.errors import LoraError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
+from lora_cli.models.nf4 import quantized_layers
 from lora_cli.publish import published
+from lora_cli.recipe.schema import Export
+from lora_cli.stages import _merge_base
+from lora_cli.types import Example
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest logit difference, absolute, between what was written and the live model."""
@@ -50,25 +54,33 @@ def run(
     revision: str | None,
     stop_ids: Sequence[int],
     card: str,
-    max_shard_bytes: int,
+    settings: Export,
+    sample: Sequence[Example] = (),
     log: Callable[[str], None],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
-    `card` is the model card's text. The tokenizer's files are copied from `base` byte for byte.
+    `card` is the model card's text. The tokenizer's files are copied from `base` byte for byte. On the rows of `sample`
+    it is measured what a quantized base is best merged into; the figures are returned as `merge_base`.
 
     Raises:
         InputError: a target exists.
+        GateError: a merged model of a quantized base is farther from the live one than the recipe allows.
         LoraError: what was read back differs from the live model by more than LIMITS; nothing is published.
     """
-    differences = {}
+    differences: dict[str, Any] = {}
     for form, target in targets.items():
         with published(target) as staging:
             if form == "peft":
                 _peft.write(staging, method, base_name=base_name, revision=revision)
                 difference = _reload_adapter(staging, model)
+            elif quantized_layers(model.model):
+                chosen, figures = _merge_base.choose(settings, model, base, sample, log)
+                differences["merge_base"] = {"chosen": chosen, **figures}
+                with _merge_base.on_dense_base(chosen, model, base) as dense:
+                    difference = _write_merged(staging, dense, settings.max_shard_bytes, log)
             else:
-                difference = _write_merged(staging, model, max_shard_bytes, log)
+                difference = _write_merged(staging, model, settings.max_shard_bytes, log)
             _check(form, difference, model.model.dtype)
             _add_companions(staging, base, model.model, stop_ids, card)
         differences[form] = difference
@@ -115,18 +127,14 @@ def _write_merged(
     """Write the merged model, read it back, return its largest logit difference to the live merged model."""
     live = sample_logits(model.model)
     _untie_adapted_embeddings(model)
-    layers = [layer for layer in model.layers.values() if isinstance(layer, AdapterLinear)]
-    for layer in layers:
-        layer.merge()
-    merged = sample_logits(model.model)
-    with _unwrapped(model):
-        model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
-    for layer in layers:
-        layer.unmerge()
+    with _merge_base.merged(model):
+        merged = sample_logits(model.model)
+        with _unwrapped(model):
+            model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     reread = load_model(folder, dtype=model.model.dtype, device=model.device)
     # Another exact attention rounds differently in bfloat16; it is the weights that are compared here.
     reread.set_attn_implementation(model.model.config._attn_implementation)
-    if layers:
+    if model.layers:
         rounding = float((merged - live).abs().max())
         log(f"merge: rounding the update into {model.model.dtype} moves a logit by at most {rounding:.1e}")
     return float((sample_logits(reread) - merged).abs().max())
@@ -149,7 +157,8 @@ def _untie_adapted_embeddings(model: AdaptedModel) -> None:
     """Give an adapted output head weights of its own where it shares them with the input embedding."""
     embedding = model.model.get_input_embeddings().weight
     for layer in model.layers.values():
-        if isinstance(layer, AdapterLinear) and layer.base.weight is embedding:
+        if isinstance(layer, AdapterLinear) and dict(layer.base.named_parameters()).get("weight") is embedding:
+            assert isinstance(layer.base, nn.Linear)
             layer.base.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
             model.model.config.tie_word_embeddings = False
 

@@ -11,6 +11,7 @@ from lora_cli import adapters
 from lora_cli.adapters import Method
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, load_model
+from lora_cli.models.nf4 import Quantization, quantized_layers
 from lora_cli.recipe.schema import Adapter
 from lora_cli.runtime.dist import Runtime
 
@@ -20,6 +21,7 @@ def run(
     dtype: str,
     adapter: Adapter,
     *,
+    quantization: Quantization | None,
     total_steps: int,
     max_length: int,
     seed: int,
@@ -32,7 +34,11 @@ def run(
         InputError: the model cannot be loaded, a target matches nothing in it, or a schedule of the method does not
             fit into `total_steps`.
     """
-    model = load_model(folder, dtype=DTYPES[dtype], device=rt.device, max_length=max_length)
+    model = load_model(
+        folder, dtype=DTYPES[dtype], device=rt.device, max_length=max_length, quantization=quantization
+    )
+    packed = quantized_layers(model)
+    in_packed = sum(layer.in_features * layer.out_features for layer in packed.values())
     method = adapters.build(adapter, seed)
     method.plan(total_steps)
     layers = method.inject(model)
@@ -42,8 +48,14 @@ def run(
     if not layers:
         frozen_copy = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     in_layers = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
-    total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_layers)
+    total = in_packed + sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_layers)
     trained = sum(parameter.numel() for parameter in trainable.values())
+    if quantization is not None:
+        stored = sum(layer.weight_bytes() for layer in packed.values())
+        log(
+            f"base: {len(packed)} linear layers in {quantization.form}, {stored / 1e6:,.1f} MB for what takes"
+            f" {in_packed * DTYPES[dtype].itemsize / 1e6:,.1f} MB in {dtype}"
+        )
     log(
         f"model: {folder.name}, {total:,} parameters in {dtype} on {rt.device.type}; "
         f"{adapter.method} trains {trained:,} ({trained / total:.2%})"
