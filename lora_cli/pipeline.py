@@ -67,7 +67,8 @@ def train(
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         with _timed(seconds, "inject"):
             model, method = inject.run(
-                base, recipe.model.dtype, recipe.adapter, quantization=_quantization(recipe), total_steps=_total_steps(recipe, prepared),
+                base, recipe.model.dtype, recipe.adapter, quantization=_quantization(recipe),
+                total_steps=_total_steps(recipe, prepared),
                 max_length=recipe.data.max_length, seed=recipe.run.seed, rt=rt, log=log.line,
             )  # fmt: skip
         resume_step = _begin(folder, recipe, resume, rt, log)
@@ -86,7 +87,9 @@ def train(
             card = report.model_card(summary, base_name=recipe.model.base, recipe_text=dump_recipe(recipe))
             targets = {form: folder.path / FOLDERS[form] for form in recipe.export_formats()}
             sample = _sample(prepared.eval or prepared.train)
-            differences = _export(targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample)
+            differences = _export(
+                targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample
+            )
 
         summary = report.complete(summary, differences, seconds, rt.device)
         if rt.is_main:
@@ -129,14 +132,19 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
         sample = _held_out_sample(recipe, base, rt, log)
         model = load_model(
-            base, dtype=DTYPES[dtype or recipe.model.dtype], device=rt.device, quantization=_quantization(recipe)
+            base,
+            dtype=DTYPES[dtype or recipe.model.dtype],
+            device=rt.device,
+            quantization=_quantization(recipe),
         )
         method = adapters.load(adapter, model)
         _, stop_ids = settle_special_tokens(load_tokenizer(base), recipe.data.template)
         card = adapter / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, merged\n"
         adapted = AdaptedModel(model, method.layers)
-        differences = _export({"merged": output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample)
+        differences = _export(
+            {"merged": output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample
+        )
         return {"output": str(output), "max_logit_difference": differences.pop("merged"), **differences}
 
 

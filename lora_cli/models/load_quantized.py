@@ -45,7 +45,7 @@ def load_quantized(
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     aliases = _aliases(model)
     for path, linear in quantizable(model).items():
-        layer = QuantizedLinear.shaped_like(linear, quantization, dtype=dtype)
+        layer = QuantizedLinear.shaped_like(linear, quantization, dtype=dtype, device=device)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
     placed: set[str] = set()
@@ -57,9 +57,13 @@ def load_quantized(
             )
         first = next(iter(aliases[name] & placed), None)
         if first is not None and not torch.equal(_get(model, first), tensor.to(device, dtype)):
-            raise InputError(f"{file}: {stored} differs from {first}, but config.json ties them (untie it there)")
+            raise InputError(
+                f"{file}: {stored} differs from {first}, but config.json ties them (untie it there)"
+            )
         if first is None:
-            _place(model, aliases[name], tensor.to(device), _dtype_of(model, name, dtype), f"{file}: {stored}")
+            _place(
+                model, aliases[name], tensor.to(device), _dtype_of(model, name, dtype), f"{file}: {stored}"
+            )
         placed.add(name)
     return model.to(device).eval()  # type: ignore[arg-type]
 
@@ -90,10 +94,10 @@ def _parameters_on_meta() -> Iterator[None]:
     """Within it each parameter loses its memory when it is given to a module; memory not yet touched costs nothing."""
     original = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
-        original(module, name, parameter)
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
+        original(self, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
@@ -109,7 +113,9 @@ def _places(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Path, str]]
         InputError: a tensor of the model is not stored under its own name.
     """
     stored = stored_names(folder)
-    converted = [transform.compiled_sources for transform in get_model_conversion_mapping(model, add_legacy=False)]
+    converted = [
+        transform.compiled_sources for transform in get_model_conversion_mapping(model, add_legacy=False)
+    ]
     for name in stored:
         if any(pattern.search(name) for pattern in converted):
             raise InputError(
@@ -170,7 +176,6 @@ def _place(model: PreTrainedModel, names: set[str], tensor: Tensor, dtype: torch
         module = model.get_submodule(path)
         if isinstance(module, QuantizedLinear) and leaf == "weight":
             module.store(tensor.T if module.conv1d else tensor)
-            assert module.scales is not None
             scales = module.scales if module.scales_mean is None else module.scales_mean
             if not bool(torch.isfinite(scales).all()):
                 raise InputError(f"{where}: holds values that are not finite")

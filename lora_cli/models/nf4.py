@@ -33,8 +33,8 @@ BLOCK = 64
 """Values that share a scale."""
 SCALE_BLOCK = 256
 """Scales that share a scale of their own under double quantization."""
-_CHUNK = 1 << 22
-"""Values quantized at once, a whole number of blocks: bounds the float32 and index temporaries to some 50 MB."""
+_CHUNK = 1 << 18
+"""Values quantized at once, a whole number of blocks: bounds the float32 and index temporaries to some 5 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ class QuantizedLinear(nn.Module):
     `conv1d` says that it stands for a transformers Conv1D, whose weight is stored (in, out) on disk.
     """
 
-    packed: Tensor | None
+    packed: Tensor
     """Codes of the (out, in) weight in row order, uint8: two to a byte in 4 bits, the first in the high half."""
-    scales: Tensor | None
+    scales: Tensor
     """Largest value of each block: float32, or uint8 codes under double quantization."""
     scales_scale: Tensor | None
     """Under double quantization: largest value of each block of scales less their mean, float32."""
@@ -70,54 +70,72 @@ class QuantizedLinear(nn.Module):
         *,
         dtype: torch.dtype,
         conv1d: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.quantization, self.dtype, self.conv1d = quantization, dtype, conv1d
-        for name in ("packed", "scales", "scales_scale", "scales_mean", "bias"):
-            self.register_buffer(name, None)
+        size, doubled = in_features * out_features, quantization.double_quant
+        blocks, per_byte = -(-size // BLOCK), 1 if quantization.form == "int8" else 2
+        # Made before any weight is read: kept memory that lies between temporaries keeps theirs from being given back.
+        self.register_buffer("packed", torch.empty(-(-size // per_byte), dtype=torch.uint8, device=device))
+        kind = torch.uint8 if doubled else torch.float32
+        self.register_buffer("scales", torch.empty(blocks, dtype=kind, device=device))
+        doubles = torch.empty(-(-blocks // SCALE_BLOCK), device=device) if doubled else None
+        self.register_buffer("scales_scale", doubles)
+        self.register_buffer("scales_mean", torch.empty((), device=device) if doubled else None)
+        self.register_buffer("bias", None)
 
     @classmethod
     def of(cls, linear: nn.Linear | Conv1D, quantization: Quantization) -> QuantizedLinear:
         """Return the quantized form of a layer that is in memory."""
-        layer = cls.shaped_like(linear, quantization, dtype=linear.weight.dtype)
-        layer.store(linear.weight.T if layer.conv1d else linear.weight)
+        weight = linear.weight
+        layer = cls.shaped_like(linear, quantization, dtype=weight.dtype, device=weight.device)
+        layer.store(weight.T if layer.conv1d else weight)
         layer.bias = None if linear.bias is None else linear.bias.detach().clone()
         return layer
 
     @classmethod
     def shaped_like(
-        cls, linear: nn.Linear | Conv1D, quantization: Quantization, *, dtype: torch.dtype
+        cls,
+        linear: nn.Linear | Conv1D,
+        quantization: Quantization,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> QuantizedLinear:
         """Return a layer with the sizes of `linear`, which may be on the meta device, and nothing stored yet."""
         conv1d = isinstance(linear, Conv1D)
         rows, columns = linear.weight.shape
         inputs, outputs = (rows, columns) if conv1d else (columns, rows)
-        return cls(inputs, outputs, quantization, dtype=dtype, conv1d=conv1d)
+        return cls(inputs, outputs, quantization, dtype=dtype, conv1d=conv1d, device=device)
 
     @torch.no_grad()
     def store(self, weight: Tensor) -> None:
         """Quantize a weight, (out, in) of any float type, in place of the stored one."""
         assert weight.shape == (self.out_features, self.in_features)
         flat = weight.detach().reshape(-1)
-        parts = [self._encode(part) for part in flat.split(_CHUNK)]
-        self.packed = torch.cat([codes for codes, _ in parts])
-        self.scales = torch.cat([scales for _, scales in parts])
-        self.scales_scale = self.scales_mean = None
-        if self.quantization.double_quant:
-            functions = bitsandbytes_functions()
-            self.scales_mean = self.scales.mean()
-            self.scales, state = functions.quantize_blockwise(
-                self.scales - self.scales_mean, blocksize=SCALE_BLOCK
-            )
-            self.scales_scale = state.absmax
+        scales = torch.empty(len(self.scales), device=flat.device)
+        per_byte = 1 if self.quantization.form == "int8" else 2
+        for first, part in zip(range(0, len(flat), _CHUNK), flat.split(_CHUNK), strict=True):
+            codes, largest = self._encode(part)
+            self.packed[first // per_byte :][: len(codes)] = codes
+            scales[first // BLOCK :][: len(largest)] = largest
+        if self.scales_scale is None or self.scales_mean is None:
+            self.scales.copy_(scales)
+            return
+        self.scales_mean.copy_(scales.mean())
+        codes, state = bitsandbytes_functions().quantize_blockwise(
+            scales - self.scales_mean, blocksize=SCALE_BLOCK
+        )
+        self.scales.copy_(codes)
+        self.scales_scale.copy_(state.absmax)
 
     @torch.no_grad()
     def dequantized(self) -> Tensor:
         """Return the weight that the layer computes with, (out, in) in the compute dtype."""
         functions = bitsandbytes_functions()
-        packed, scales = self.packed, self.scales
-        assert packed is not None
+        packed, scales, size = self.packed, self.scales, self.out_features * self.in_features
         if self.scales_scale is not None:
             # The default code, by its cached table; float32 as no state says otherwise.
             scales = functions.dequantize_blockwise(scales, absmax=self.scales_scale, blocksize=SCALE_BLOCK)
@@ -127,13 +145,13 @@ class QuantizedLinear(nn.Module):
             state = functions.QuantState(scales, blocksize=BLOCK, code=code, dtype=self.dtype)
             flat = functions.dequantize_blockwise(packed, state)
         else:
-            shape = (1, self.out_features * self.in_features)
-            form = self.quantization.form
+            # An odd number of values has half a byte to spare; bitsandbytes would compile a kernel to leave it out.
+            shape, form = (1, size + size % 2), self.quantization.form
             state = functions.QuantState(
                 scales, shape=shape, blocksize=BLOCK, quant_type=form, dtype=self.dtype
             )
             flat = functions.dequantize_4bit(packed, state)
-        weight: Tensor = flat.view(self.out_features, self.in_features)
+        weight: Tensor = flat.flatten()[:size].view(self.out_features, self.in_features)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -118,19 +120,24 @@ def _batches(rows: Sequence[Example], model: AdaptedModel) -> list[Batch]:
     """Return batches of one row each with at most TOKENS trained tokens in all."""
     batches, left = [], TOKENS
     if not rows:
-        size = model.model.get_input_embeddings().weight.shape[0]
+        embedding: Any = model.model.get_input_embeddings()
+        size = embedding.weight.shape[0]
         ids = torch.randint(size, (4, 64), generator=torch.Generator().manual_seed(0))
         pairs = [(row, torch.ones_like(row, dtype=torch.bool)) for row in ids]
     else:
-        pairs = [(torch.from_numpy(r.input_ids).long(), torch.from_numpy(r.trained.copy())) for r in rows]
+        # Copies: the token cache is mapped, and of types that torch does not take.
+        pairs = [
+            (torch.from_numpy(row.input_ids.astype(np.int64)), torch.from_numpy(row.trained.astype(np.bool_)))
+            for row in rows
+        ]
     for index, (ids, trained) in enumerate(pairs):
         trained = trained & (trained.cumsum(0) <= left)
         trained[0] = False  # nothing predicts it
         if left > 0 and bool(trained.any()):
             left -= int(trained.sum())
             labels = torch.where(trained, ids, IGNORED)
-            one = (part[None].to(model.device) for part in (ids, torch.ones_like(ids), labels))
-            batches.append(Batch(*one, rows=(index,)))
+            one = [part[None].to(model.device) for part in (ids, torch.ones_like(ids), labels)]
+            batches.append(Batch(one[0], one[1], one[2], rows=(index,)))
     return batches
 
 

@@ -157,7 +157,10 @@ def _untie_adapted_embeddings(model: AdaptedModel) -> None:
     """Give an adapted output head weights of its own where it shares them with the input embedding."""
     embedding = model.model.get_input_embeddings().weight
     for layer in model.layers.values():
-        if isinstance(layer, AdapterLinear) and dict(layer.base.named_parameters()).get("weight") is embedding:
+        if (
+            isinstance(layer, AdapterLinear)
+            and dict(layer.base.named_parameters()).get("weight") is embedding
+        ):
             assert isinstance(layer.base, nn.Linear)
             layer.base.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
             model.model.config.tie_word_embeddings = False

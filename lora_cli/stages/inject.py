@@ -48,7 +48,9 @@ def run(
     if not layers:
         frozen_copy = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     in_layers = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
-    total = in_packed + sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_layers)
+    total = in_packed + sum(
+        parameter.numel() for parameter in model.parameters() if id(parameter) not in in_layers
+    )
     trained = sum(parameter.numel() for parameter in trainable.values())
     if quantization is not None:
         stored = sum(layer.weight_bytes() for layer in packed.values())

@@ -1,4 +1,4 @@
-"""What every adapter method must keep, over every method there is, on three kinds of linear layer."""
+"""What every adapter method must keep, over every method there is, on three kinds of linear layer, and on NF4 ones."""
 
 from __future__ import annotations
 
@@ -19,19 +19,29 @@ from lora_cli.types import Progress
 
 SETTINGS: dict[str, schema.Section] = {
     "lora": schema.LoraAdapter(rank=4, alpha=8.0),
+    "qlora": schema.QloraAdapter(rank=4, alpha=8.0),
     "full": schema.FullAdapter(),
 }
 """One block per method; a method without one fails `test_every_method_is_covered`."""
 
 WITH_LAYERS = [name for name in sorted(SETTINGS) if name != "full"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BASES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "nf4": {"quantize": "nf4"},
+    "nf4-bf16": {"quantize": "nf4", "dtype": torch.bfloat16},
+}
+"""How the base is made; float32 in the exact tests also as what NF4 computes in."""
+EXACT = ["fp32", "nf4"]
+ALL = [
+    (name, base) for name in sorted(SETTINGS) for base in BASES if name in WITH_LAYERS or "nf4" not in base
+]
+"""Every method on every base it can stand on: full fine-tuning has none in NF4, as the schema says."""
 
 
-def injected(
-    name: str, architecture: str, dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, Method]:
+def injected(name: str, architecture: str, base: str = "fp32") -> tuple[PreTrainedModel, Method]:
     """Return a model with the method in it."""
-    model = make_model(architecture, dtype)
+    model = make_model(architecture, **BASES[base])
     method = adapters.build(SETTINGS[name], seed=3)
     method.inject(model)
     return model, method
@@ -65,22 +75,22 @@ def test_every_method_is_covered() -> None:
     assert sorted(tags) == adapters.names()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", sorted(SETTINGS))
-def test_injection_changes_nothing(name: str, architecture: str, dtype: str) -> None:
+@pytest.mark.parametrize(("name", "base"), ALL)
+def test_injection_changes_nothing(name: str, architecture: str, base: str) -> None:
     """An injected model's output equals the base's bit for bit."""
-    before = logits(make_model(architecture, DTYPES[dtype]))
-    model, _ = injected(name, architecture, DTYPES[dtype])
+    before = logits(make_model(architecture, **BASES[base]))
+    model, _ = injected(name, architecture, base)
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", WITH_LAYERS)
-def test_training_leaves_the_base_alone(name: str, architecture: str, dtype: str) -> None:
+def test_training_leaves_the_base_alone(name: str, architecture: str, base: str) -> None:
     """After training every base weight is bit-equal, only the method's parameters have moved, and all of them could."""
-    base = make_model(architecture, DTYPES[dtype])
-    before = {key: value.clone() for key, value in base.state_dict().items()}
-    model, method = injected(name, architecture, DTYPES[dtype])
+    original = make_model(architecture, **BASES[base])
+    before = {key: value.clone() for key, value in original.state_dict().items()}
+    assert any(key.endswith("packed") for key in before) is base.startswith("nf4")
+    model, method = injected(name, architecture, base)
     start = {key: value.detach().clone() for key, value in method.trainable(model).items()}
     train(model, method)
     after = {key.replace(".base.", "."): value for key, value in model.state_dict().items()}
@@ -91,24 +101,25 @@ def test_training_leaves_the_base_alone(name: str, architecture: str, dtype: str
     assert {id(p) for p in model.parameters() if p.requires_grad} == trainable
 
 
+@pytest.mark.parametrize("base", EXACT)
 @pytest.mark.parametrize("name", WITH_LAYERS)
-def test_merged_equals_forward(name: str, architecture: str) -> None:
+def test_merged_equals_forward(name: str, architecture: str, base: str) -> None:
     """The merged weights compute what the adapted layers compute, to 1e-5 in fp32, with and without a bias."""
-    model, method = injected(name, architecture)
+    model, method = injected(name, architecture, base)
     train(model, method)
     live = logits(model)
-    base = logits(make_model(architecture))
-    assert float((live - base).abs().max()) > 0.01  # the update is not nothing
+    before = logits(make_model(architecture, **BASES[base]))
+    assert float((live - before).abs().max()) > 0.01  # the update is not nothing
     for layer in method.layers.values():
         layer.merge()
     assert float((logits(model) - live).abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", WITH_LAYERS)
-def test_unmerge_restores_every_bit(name: str, architecture: str, dtype: str) -> None:
+def test_unmerge_restores_every_bit(name: str, architecture: str, base: str) -> None:
     """Merging and unmerging leaves the model bit-equal."""
-    model, method = injected(name, architecture, DTYPES[dtype])
+    model, method = injected(name, architecture, base)
     train(model, method)
     live = logits(model)
     for layer in method.layers.values():
@@ -119,11 +130,11 @@ def test_unmerge_restores_every_bit(name: str, architecture: str, dtype: str) ->
     assert torch.equal(logits(model), live)
 
 
-@pytest.mark.parametrize("name", sorted(SETTINGS))
-def test_reference_is_the_base(name: str, architecture: str) -> None:
+@pytest.mark.parametrize(("name", "base"), [(name, base) for name, base in ALL if base in EXACT])
+def test_reference_is_the_base(name: str, architecture: str, base: str) -> None:
     """Inside `reference()` a trained model computes what the base did, bit for bit, and outside what it learned."""
-    before = logits(make_model(architecture))
-    model, method = injected(name, architecture)
+    before = logits(make_model(architecture, **BASES[base]))
+    model, method = injected(name, architecture, base)
     copies = {} if method.layers else {key: p.detach().clone() for key, p in method.trainable(model).items()}
     train(model, method)
     adapted, live = AdaptedModel(model, method.layers, copies), logits(model)
