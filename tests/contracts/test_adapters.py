@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import make_model, make_rows
+from safetensors.torch import load_file
+from toy import write_base, write_recipe
 from transformers import PreTrainedModel
 
-from lora_cli import adapters
-from lora_cli.adapters import Method
+from lora_cli import adapters, pipeline
+from lora_cli.adapters import Method, _peft
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives.sft import Sft
 from lora_cli.recipe import schema
+from lora_cli.recipe.load import load_recipe
 from lora_cli.runtime.optim import MasterAdamW
 from lora_cli.types import Progress
 
@@ -185,3 +191,46 @@ def test_initialisation_is_a_function_of_the_seed(name: str) -> None:
         method.inject(model)
         other = method.trainable(model)
         assert any(not torch.equal(value, other[key]) for key, value in first[1].trainable(first[0]).items())
+
+
+@pytest.mark.parametrize("name", WITH_LAYERS)
+def test_trained_on_nf4_it_opens_on_the_full_base(tmp_path: Path, name: str, architecture: str) -> None:
+    """An adapter trained on an NF4 base is read by PEFT and by us on the float32 base, with logits equal to 1e-5."""
+    model, method = injected(name, architecture, "nf4")
+    if not method.peft_type:
+        pytest.skip(f"PEFT has no {name}")
+    train(model, method)
+    _peft.write(tmp_path, method, base_name="base", revision=None)
+    theirs = peft.PeftModel.from_pretrained(make_model(architecture), tmp_path).eval()
+    ours = make_model(architecture)
+    adapters.load(tmp_path, ours)
+    assert float((logits(ours) - logits(theirs)).abs().max()) <= 1e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", WITH_LAYERS)
+def test_on_nf4_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Continued from step 2 of 6 on an NF4 base, a run ends in the same checkpoint, bit for bit."""
+    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+    path = write_recipe(
+        tmp_path / "job", write_base(tmp_path / "base"), adapter=SETTINGS[name].model_dump(mode="json"),
+        model__quantize="nf4", train__max_steps=6, train__save_every=2, train__keep_checkpoints=9,
+    )  # fmt: skip
+    recipe, run = load_recipe(path), tmp_path / "job" / "run"
+    pipeline.train(recipe)
+    shutil.copytree(run, tmp_path / "straight")
+    for entry in run.iterdir():
+        if entry.name in ("checkpoints", "recipe.yaml", "metrics.jsonl"):
+            continue
+        entry.rename(tmp_path / f"aside-{entry.name}")
+    for step in (4, 6):
+        (run / "checkpoints" / f"step-{step}").rename(tmp_path / f"aside-{step}")
+    pipeline.train(recipe, resume=True)
+    ends = [folder / "checkpoints" / "step-6" for folder in (tmp_path / "straight", run)]
+    files = [file.name for file in ends[0].glob("*.safetensors")]
+    assert files
+    for file in files:
+        straight, resumed = (load_file(folder / file) for folder in ends)
+        assert straight.keys() == resumed.keys()
+        assert all(torch.equal(resumed[key], value) for key, value in straight.items())

@@ -169,10 +169,11 @@ def test_overrides_follow_the_recipe(tmp_path: Path) -> None:
 def test_an_override_of_the_method_names_the_keys_it_leaves_behind(tmp_path: Path) -> None:
     """`adapter.method=full` over a recipe with `rank` names the key in the way and the override."""
     lines = problems_of(tmp_path, "adapter: {method: lora, rank: 8}", "adapter.method=full")
-    assert lines == [
-        "1:25: adapter.rank: is a key of lora.method full, "
-        "chosen by override adapter.method=full (remove one of the two)"
-    ]
+    (line,) = lines
+    assert line.startswith("1:25: adapter.rank: is a key of lora")  # and of whatever other method has it
+    assert line.endswith(
+        "not of adapter.method full, chosen by override adapter.method=full (remove one of the two)"
+    )
     path = tmp_path / "r.yaml"
     assert isinstance(load_recipe(path, ["adapter={method: full}"]).adapter, FullAdapter)
 
