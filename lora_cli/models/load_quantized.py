@@ -4,8 +4,9 @@ The model is built with its parameters on the meta device and its buffers real, 
 construction and not stored (rotary frequencies, float32) is right. Then each stored tensor is read by itself, through
 a mapping of its own: pages of a mapped file count as the process's memory until the mapping is closed.
 
-Names in the files must be the model's own names, with or without the prefix of its inner model. Where transformers
-would have to rename or join stored tensors (the experts of a mixture, say), the base is refused rather than guessed.
+A stored tensor must be one of the model's, under its name, with or without the prefix of the inner model, or under an
+older name of it. Where transformers would have to join or change stored tensors (the experts of a mixture, say), the
+base is refused rather than guessed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from lora_cli.errors import InputError
 from lora_cli.models.nf4 import Quantization, QuantizedLinear, quantizable
@@ -44,7 +46,13 @@ def load_quantized(
     places = _places(folder, model)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     aliases = _aliases(model)
-    for path, linear in quantizable(model).items():
+    linears = quantizable(model)
+    if not linears:
+        kind = model.config.model_type
+        raise InputError(
+            f"{folder}: none of its linear layers can be quantized: {kind} has its own kind of them"
+        )
+    for path, linear in linears.items():
         layer = QuantizedLinear.shaped_like(linear, quantization, dtype=dtype, device=device)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
@@ -113,19 +121,13 @@ def _places(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Path, str]]
         InputError: a tensor of the model is not stored under its own name.
     """
     stored = stored_names(folder)
-    converted = [
-        transform.compiled_sources for transform in get_model_conversion_mapping(model, add_legacy=False)
-    ]
-    for name in stored:
-        if any(pattern.search(name) for pattern in converted):
-            raise InputError(
-                f"{folder}: {name} must be renamed or joined with others for {model.config.model_type}, which"
-                " quantizing tensor by tensor cannot do (use model.quantize: none)"
-            )
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    own_names = {name: _renamed(name, transforms, folder) for name in stored}
     own, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
     places: dict[str, tuple[Path, str]] = {}
     for name, file in stored.items():
-        candidates = (name, prefix + name, name.removeprefix(prefix))
+        renamed = own_names[name]
+        candidates = (renamed, prefix + renamed, renamed.removeprefix(prefix))
         found = next((candidate for candidate in candidates if candidate in own), None)
         if found is not None:
             places[found] = (folder / file, name)
@@ -134,6 +136,23 @@ def _places(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Path, str]]
     if missing:
         raise InputError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
     return places
+
+
+def _renamed(name: str, transforms: list[WeightTransform], folder: Path) -> str:
+    """Return a stored name as transformers renames it one to one.
+
+    Raises:
+        InputError: it would do more to the tensor than rename it.
+    """
+    for transform in transforms:
+        if type(transform) is WeightRenaming:
+            name, _ = transform.rename_source_key(name)
+        elif transform.compiled_sources.search(name):
+            raise InputError(
+                f"{folder}: {name} must be joined with others or changed to fit the model, which"
+                " quantizing tensor by tensor cannot do (use model.quantize: none)"
+            )
+    return name
 
 
 def _aliases(model: PreTrainedModel) -> dict[str, set[str]]:
