@@ -6,12 +6,13 @@
                                   .lora_A, .lora_B, ...: float32, trained
 
 Shapes: `in`, `out` are the layer's features; weights are (out, in) whatever the base stores (GPT-2's Conv1D stores
-(in, out)).
+(in, out), a QuantizedLinear packed codes).
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -23,9 +24,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import InputError
+from lora_cli.models.nf4 import QuantizedLinear
 from lora_cli.types import Progress
 
-BASE_LINEARS = (nn.Linear, Conv1D)
+BASE_LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
+BaseLinear = nn.Linear | Conv1D | QuantizedLinear
+"""What an adapter layer stands around; its weight is `AdapterLinear.base_weight()`, whatever the kind."""
 
 # Path components that name a block of each kind, in the transformers model code of the decoder families.
 GROUPS = {
@@ -37,16 +41,24 @@ GROUPS = {
 class AdapterLinear(nn.Module, ABC):
     """A frozen linear layer with an update beside it: (..., in) -> (..., out)."""
 
-    base: nn.Linear | Conv1D
+    base: BaseLinear
 
-    def __init__(self, base: nn.Linear | Conv1D) -> None:
+    def __init__(self, base: BaseLinear) -> None:
         super().__init__()
         self.base = base
         self.enabled = True
         """False: the layer computes exactly what the base does."""
-        self._unmerged: Tensor | None = None
-        transposed = isinstance(base, Conv1D)
-        self.in_features, self.out_features = base.weight.shape if transposed else base.weight.shape[::-1]
+        self._unmerged: Tensor | tuple[QuantizedLinear] | None = None
+        """While merged: the old weight, or the quantized base, in a tuple so that it is not registered."""
+        self.device = next(itertools.chain(base.parameters(), base.buffers())).device
+        """Where the base is, and what a method adds to it must be."""
+        self.fan_in_fan_out = isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.conv1d)
+        """PEFT's name for a base whose weight is stored (in, out) on disk."""
+        if isinstance(base, QuantizedLinear):
+            self.in_features, self.out_features = base.in_features, base.out_features
+        else:
+            sizes = base.weight.shape if self.fan_in_fan_out else base.weight.shape[::-1]
+            self.in_features, self.out_features = sizes
 
     @property
     def merged(self) -> bool:
@@ -71,15 +83,28 @@ class AdapterLinear(nn.Module, ABC):
         """Return the trained tensors by their PEFT names, relative to the layer."""
 
     def base_weight(self) -> Tensor:
-        """Return the base's own weight as (out, in), in the base's dtype, without an update merged into it."""
+        """Return the base's own weight as (out, in), in the base's dtype, without an update merged into it.
+
+        Of a quantized base it is the dequantized weight, made anew at each call.
+        """
+        if isinstance(self._unmerged, tuple):
+            return self._unmerged[0].dequantized()
+        if isinstance(self.base, QuantizedLinear):
+            return self.base.dequantized()
         weight = self.base.weight if self._unmerged is None else self._unmerged
         return weight.T if isinstance(self.base, Conv1D) else weight
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the update into the base weight, rounded once to its dtype; the old weight is kept for `unmerge`."""
+        """Put the update into the base weight, rounded once to its dtype; the old weight is kept for `unmerge`.
+
+        A quantized base is replaced by a dense layer: quantized again, the weight would lose most of a small update.
+        """
         assert not self.merged
         weight = self.merged_weight()
+        if isinstance(self.base, QuantizedLinear):
+            self._unmerged, self.base = (self.base,), self.base.dense(weight)
+            return
         self._unmerged = self.base.weight.detach().clone()
         self.base.weight.copy_(weight.T if isinstance(self.base, Conv1D) else weight)
 
@@ -87,7 +112,11 @@ class AdapterLinear(nn.Module, ABC):
     def unmerge(self) -> None:
         """Restore the base weight bit for bit."""
         assert self._unmerged is not None
-        self.base.weight.copy_(self._unmerged)
+        if isinstance(self._unmerged, tuple):
+            (self.base,) = self._unmerged
+        else:
+            assert not isinstance(self.base, QuantizedLinear)
+            self.base.weight.copy_(self._unmerged)
         self._unmerged = None
 
 
@@ -145,7 +174,7 @@ class Method:
             replace_module(model, path, self.layers[path])
         return self.layers
 
-    def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
+    def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return the initialised layer for the base at `path`."""
         raise AssertionError(f"{type(self).__name__} makes no layers")
 

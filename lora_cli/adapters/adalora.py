@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters import _peft
 from lora_cli.adapters._adalora_budget import Importance, Schedule, budget, is_rank_pattern, settle_schedule
-from lora_cli.adapters._base import AdapterLinear, Method, OptimizerState
+from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method, OptimizerState
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
 from lora_cli.types import Progress
@@ -45,7 +44,7 @@ class AdaLoraLinear(AdapterLinear):
 
     def __init__(
         self,
-        base: nn.Linear | Conv1D,
+        base: BaseLinear,
         *,
         rank: int,
         alpha: float,
@@ -55,10 +54,9 @@ class AdaLoraLinear(AdapterLinear):
         super().__init__(base)
         self.scale = alpha / ((rank if initial_rank is None else initial_rank) + 1e-5)
         self.dropout = dropout
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=device))
-        self.lora_E = nn.Parameter(torch.zeros(rank, 1, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=self.device))
+        self.lora_E = nn.Parameter(torch.zeros(rank, 1, device=self.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.device))
         # (rank,) bool, the triplets of the last budget update; None before the first
         self.register_buffer("kept", None, persistent=False)
 
@@ -163,7 +161,7 @@ class AdaLora(Method):
             )
         return dict(self.layers)
 
-    def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdaLoraLinear:
+    def make_layer(self, path: str, base: BaseLinear) -> AdaLoraLinear:
         """Return a layer whose A and B are a function of seed and path."""
         rank = sum(self.pattern[path]) if path in self.pattern else self.initial_rank
         layer = AdaLoraLinear(
@@ -258,7 +256,7 @@ class AdaLora(Method):
             "orth_reg_weight": self.orthogonal_weight,
             "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
             "lora_dropout": self.dropout,
-            "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in self.layers.values()),
+            "fan_in_fan_out": any(layer.fan_in_fan_out for layer in self.layers.values()),
             "bias": "none",
             "init_lora_weights": True,
             **dict.fromkeys(("layers_to_transform", "layers_pattern", "modules_to_save")),

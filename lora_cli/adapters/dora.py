@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters._base import AdapterLinear
+from lora_cli.adapters._base import AdapterLinear, BaseLinear
 from lora_cli.adapters.lora import Lora, LoraLinear
 from lora_cli.seeding import stream_seed
 
@@ -43,12 +42,12 @@ class DoraLinear(LoraLinear):
 
     row_squares: Tensor
 
-    def __init__(self, base: nn.Linear | Conv1D, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(self, base: BaseLinear, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__(base, rank=rank, alpha=alpha, dropout=dropout)
-        squares = torch.cat([block.square().sum(dim=1) for _, block in self._row_blocks()])
-        self.register_buffer("row_squares", squares, persistent=False)  # (out,), ||W||^2 of the frozen base
+        self.register_buffer("row_squares", self._square_rows(), persistent=False)  # (out,)
+        self._known = (base,)  # whose ||W||^2 by row they are; in a tuple so that it is not registered
         self._norm: tuple[object, Tensor] | None = None
-        self.lora_magnitude_vector = nn.Parameter(torch.zeros(self.out_features, device=base.weight.device))
+        self.lora_magnitude_vector = nn.Parameter(torch.zeros(self.out_features, device=self.device))
 
     def reset(self, seed: int) -> None:
         """Draw A, set B to zero, and take the lengths from the base: W' is W."""
@@ -59,6 +58,8 @@ class DoraLinear(LoraLinear):
     def row_norm(self) -> Tensor:
         """Return ||W + s B A|| of each row, (out,) float32 without a gradient; computed once for each A and B."""
         a, b = self.lora_A, self.lora_B
+        if self._known[0] is not self.base:  # an export may put the layer around another base
+            self.row_squares, self._known, self._norm = self._square_rows(), (self.base,), None
         key = (id(a), a._version, id(b), b._version, a.device)
         if self._norm is None or self._norm[0] != key:
             self._norm = key, self._compute_row_norm(a.detach().float(), b.detach().float())
@@ -88,6 +89,10 @@ class DoraLinear(LoraLinear):
         rows = max(1, _BLOCK // self.in_features)
         for first in range(0, self.out_features, rows):
             yield slice(first, first + rows), weight[first : first + rows].float()
+
+    @torch.no_grad()
+    def _square_rows(self) -> Tensor:
+        return torch.cat([block.square().sum(dim=1) for _, block in self._row_blocks()])
 
     @torch.no_grad()
     def _compute_row_norm(self, a: Tensor, b: Tensor) -> Tensor:
@@ -151,7 +156,7 @@ class Dora(Lora):
     ) -> None:
         super().__init__(rank=rank, alpha=alpha, dropout=dropout, targets=targets, seed=seed)
 
-    def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
+    def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return a DoraLinear whose A is a function of seed and path, and LoRA's."""
         layer = DoraLinear(base, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
         layer.reset(stream_seed(self.seed, "adapter", path))

@@ -16,23 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters import _peft
-from lora_cli.adapters._base import AdapterLinear, Method
+from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method
 from lora_cli.seeding import stream_seed
 
 
 class LoraLinear(AdapterLinear):
     """A linear layer with a rank-r update: (..., in) -> (..., out)."""
 
-    def __init__(self, base: nn.Linear | Conv1D, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(self, base: BaseLinear, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__(base)
         self.scale = alpha / rank
         self.dropout = dropout
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=self.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.device))
 
     def reset(self, seed: int) -> None:
         """Draw A from U(-1/sqrt(in), 1/sqrt(in)) and set B to zero; equal on every device for equal `seed`."""
@@ -81,7 +79,7 @@ class Lora(Method):
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.targets, self.seed = targets, seed
 
-    def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
+    def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return a LoraLinear whose A is a function of seed and path."""
         layer = LoraLinear(base, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
         layer.reset(stream_seed(self.seed, "adapter", path))
@@ -93,7 +91,7 @@ class Lora(Method):
             "r": self.rank,
             "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
             "lora_dropout": self.dropout,
-            "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in self.layers.values()),
+            "fan_in_fan_out": any(layer.fan_in_fan_out for layer in self.layers.values()),
             "bias": "none",
             "init_lora_weights": True,
             "use_dora": False,

@@ -29,11 +29,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters._base import AdapterLinear, Method, OptimizerState
+from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method, OptimizerState
 from lora_cli.adapters.lora import Lora, LoraLinear
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
@@ -49,7 +48,7 @@ class ReloraLinear(LoraLinear):
     past_A: Tensor  # (R, in) float32, R = 0 before the first restart
     past_B: Tensor  # (out, R) float32, with the scale in it
 
-    def __init__(self, base: nn.Linear | Conv1D, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(self, base: BaseLinear, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__(base, rank=rank, alpha=alpha, dropout=dropout)
         self.register_buffer("past_A", self.lora_A.new_empty(0, self.in_features), persistent=False)
         self.register_buffer("past_B", self.lora_B.new_empty(self.out_features, 0), persistent=False)
@@ -136,7 +135,7 @@ class Relora(Method):
             )
         self.every, self.warmup = every, warmup
 
-    def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
+    def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return a ReloraLinear whose first A is that of LoRA: a function of seed and path."""
         layer = ReloraLinear(base, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
         layer.reset(stream_seed(self.seed, "adapter", path))

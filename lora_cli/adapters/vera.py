@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters import _peft
-from lora_cli.adapters._base import AdapterLinear, Method
+from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method
 from lora_cli.errors import InputError
 
 
@@ -54,7 +53,7 @@ class VeraLinear(AdapterLinear):
 
     def __init__(
         self,
-        base: nn.Linear | Conv1D,
+        base: BaseLinear,
         projections: Projections,
         *,
         rank: int,
@@ -64,9 +63,8 @@ class VeraLinear(AdapterLinear):
         super().__init__(base)
         self.projections = projections
         self.dropout = dropout
-        device = base.weight.device
-        self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=device))
-        self.vera_lambda_d = nn.Parameter(torch.full((rank,), d_initial, device=device))
+        self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=self.device))
+        self.vera_lambda_d = nn.Parameter(torch.full((rank,), d_initial, device=self.device))
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the update to the base's output: (..., in), (..., out) -> (..., out)."""
@@ -132,7 +130,7 @@ class Vera(Method):
         )
         return layers
 
-    def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
+    def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return a VeraLinear, which computes once the shared matrices are drawn."""
         del path
         return VeraLinear(
@@ -163,7 +161,7 @@ class Vera(Method):
             "d_initial": self.d_initial,
             "projection_prng_key": self.projection_seed,
             "save_projection": self.save_projection,
-            "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in self.layers.values()),
+            "fan_in_fan_out": any(layer.fan_in_fan_out for layer in self.layers.values()),
             "bias": "none",
             "init_weights": True,
             "layers_to_transform": None,

@@ -49,6 +49,12 @@ class Model(Section):
     """Branch, tag or commit of a hub id. null: the default branch. Not for local folders."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the base weights and of the computation. Trained weights are kept in float32 either way."""
+    quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
+    """How the linear layers of the base are stored, all but the output head. nf4, fp4: 4 bits a weight. int8: 8 bits.
+    They compute in `dtype`. none: as they are. auto: nf4 with the method qlora, else none."""
+    double_quant: bool = True
+    """Store the scales of a quantized base in 8 bits too: 4.13 bits a weight in place of 4.5. Means nothing where
+    the base is not quantized."""
 
 
 class Fields(Section):
@@ -256,6 +262,13 @@ class ReloraAdapter(Section):
             yield Conflict("adapter.reset_fraction", message, reads=("adapter.reset",))
 
 
+class QloraAdapter(LoraAdapter):
+    """LoRA on a base whose linear layers are stored in 4 bits (arXiv 2305.14314)."""
+
+    method: Literal["qlora"] = "qlora"  # type: ignore[assignment]
+    """Which method adapts the model."""
+
+
 class FullAdapter(Section):
     """Full fine-tuning: no adapter, the model's own weights are trained."""
 
@@ -271,7 +284,7 @@ class FullAdapter(Section):
 
 
 Adapter = Annotated[
-    LoraAdapter | DoraAdapter | VeraAdapter | AdaLoraAdapter | ReloraAdapter | FullAdapter,
+    LoraAdapter | QloraAdapter | DoraAdapter | VeraAdapter | AdaLoraAdapter | ReloraAdapter | FullAdapter,
     Field(discriminator="method"),
 ]
 
@@ -382,6 +395,12 @@ class Export(Section):
     weights. null: peft, or merged for full fine-tuning."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
     """Largest weight file of a merged model, in bytes."""
+    merge_base: Literal["auto", "full", "dequantized"] = "auto"
+    """What the update of a quantized base is merged into. full: the base as it is on disk. dequantized: the weights it
+    was trained on. auto: both are measured against the live model on sample rows, and the nearer is taken."""
+    max_merge_kl: Annotated[float, Field(ge=0.0)] | None = None
+    """Refuse a merged model of a quantized base whose mean KL divergence from the live model on the sample rows, in
+    nats a token, is above this. null: it is only stated."""
 
 
 class Run(Section):
@@ -415,6 +434,7 @@ class Recipe(Section):
         if isinstance(self.adapter, FullAdapter) and "peft" in self.export_formats():
             message = "found peft, but full fine-tuning has no adapter to write (use merged)"
             yield Conflict("export.formats", message, reads=("adapter.method",))
+        yield from self._quantization_conflicts()
         if self.data.eval is None and self.train.eval_every is not None:
             message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"
             yield Conflict("train.eval_every", message, reads=("data.eval",))
@@ -432,6 +452,23 @@ class Recipe(Section):
                 )
                 yield Conflict("evaluate.metrics", message, reads=("objective.train_on",))
 
+    def _quantization_conflicts(self) -> Iterator[Conflict]:
+        form, reads = self.model.quantize, ("adapter.method",)
+        if isinstance(self.adapter, FullAdapter) and form not in ("auto", "none"):
+            message = (
+                f"found {form}, but full fine-tuning trains the weights themselves, and a step is far smaller than"
+                " the distance between two such values (use none, or a method with an adapter)"
+            )
+            yield Conflict("model.quantize", message, reads)
+        if isinstance(self.adapter, QloraAdapter) and form == "none":
+            message = "found none, but qlora is LoRA on a quantized base (use nf4, or adapter.method: lora)"
+            yield Conflict("model.quantize", message, reads)
+        if self.quantization() == "none":
+            for key in ("merge_base", "max_merge_kl"):
+                if (value := getattr(self.export, key)) not in ("auto", None):
+                    message = f"found {value}, but the base is not quantized (remove the key, or set model.quantize)"
+                    yield Conflict(f"export.{key}", message, ("model.quantize", *reads))
+
     def at(self, key: str) -> str:
         """Return `file:line:column: key` where the key was written, `key` alone where it is a default."""
         return f"{self._places[key]}: {key}" if key in self._places else key
@@ -441,6 +478,12 @@ class Recipe(Section):
         if self.export.formats is not None:
             return list(self.export.formats)
         return ["merged"] if isinstance(self.adapter, FullAdapter) else ["peft"]
+
+    def quantization(self) -> str:
+        """Return how the base's linear layers are stored, with the default for the method filled in."""
+        if self.model.quantize != "auto":
+            return self.model.quantize
+        return "nf4" if isinstance(self.adapter, QloraAdapter) else "none"
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain YAML values with every default written out."""

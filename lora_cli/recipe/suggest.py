@@ -19,6 +19,10 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
         "model_path", "checkpoint_dir", "base_model_name_or_path",
     ),
     "model.dtype": ("torch_dtype", "bf16", "fp16", "precision", "mixed_precision"),
+    "model.quantize": (
+        "load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "quant_type", "bnb_4bit_quant_type",
+    ),
+    "model.double_quant": ("bnb_4bit_use_double_quant", "use_double_quant", "double_quantization"),
     "data.train": (
         "dataset", "datasets", "train_file", "train_data", "data_path", "dataset_path", "dataset_name",
         "data_files", "train_dataset", "training_data",

@@ -23,7 +23,11 @@ from lora_cli.adapters._base import AdapterLinear, replace_module
 from lora_cli.errors import LoraError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
+from lora_cli.models.nf4 import quantized_layers
 from lora_cli.publish import published
+from lora_cli.recipe.schema import Export
+from lora_cli.stages import _merge_base
+from lora_cli.types import Example
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest logit difference, absolute, between what was meant to be written and what was read back."""
@@ -52,20 +56,23 @@ def run(
     stop_ids: Sequence[int],
     card: str,
     facts: Mapping[str, str],
-    max_shard_bytes: int,
+    settings: Export,
+    sample: Sequence[Example] = (),
     log: Callable[[str], None],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
     A method that PEFT cannot hold is written as one that it can, and how far that is from it is logged and said in the
     model card. `card` is the model card's text, `facts` join the manifest. The tokenizer's files come from `base`, byte
-    for byte.
+    for byte. On the rows of `sample` it is measured what a quantized base is best merged into; the figures are returned
+    as `merge_base`.
 
     Raises:
         InputError: a target exists.
+        GateError: a merged model of a quantized base is farther from the live one than the recipe allows.
         LoraError: what was read back differs from what was meant by more than LIMITS; nothing is published.
     """
-    differences = {}
+    differences: dict[str, Any] = {}
     for form, target in targets.items():
         note = ""
         with published(target, facts=dict(facts)) as staging:
@@ -76,8 +83,13 @@ def run(
                 if errors:
                     note = _approximation(written, errors, from_live, model.model.dtype)
                     log(f"export: {note}")
+            elif quantized_layers(model.model):
+                chosen, figures = _merge_base.choose(settings, model, base, sample, log)
+                differences["merge_base"] = {"chosen": chosen, **figures}
+                with _merge_base.on_dense_base(chosen, model, base) as dense:
+                    difference = _write_merged(staging, dense, settings.max_shard_bytes, log)
             else:
-                difference = _write_merged(staging, model, max_shard_bytes, log)
+                difference = _write_merged(staging, model, settings.max_shard_bytes, log)
             _check(form, difference, model.model.dtype)
             _add_companions(staging, base, stop_ids, f"{card}\n{note}\n" if note else card)
         differences[form] = difference
@@ -142,18 +154,14 @@ def _write_merged(
     """Write the merged model, read it back, return its largest logit difference to the live merged model."""
     live = sample_logits(model.model)
     _untie_adapted_embeddings(model)
-    layers = [layer for layer in model.layers.values() if isinstance(layer, AdapterLinear)]
-    for layer in layers:
-        layer.merge()
-    merged = sample_logits(model.model)
-    with _unwrapped(model), _plain_generation(model.model):
-        model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
-    for layer in layers:
-        layer.unmerge()
+    with _merge_base.merged(model):
+        merged = sample_logits(model.model)
+        with _unwrapped(model), _plain_generation(model.model):
+            model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     # Another exact attention rounds differently in bfloat16; it is the weights that are compared here.
     attention = model.model.config._attn_implementation
     reread = load_model(folder, dtype=model.model.dtype, device=model.device, attention=attention)
-    if layers:
+    if model.layers:
         rounding = float((merged - live).abs().max())
         log(f"merge: rounding the update into {model.model.dtype} moves a logit by at most {rounding:.1e}")
     return float((sample_logits(reread) - merged).abs().max())
@@ -176,7 +184,11 @@ def _untie_adapted_embeddings(model: AdaptedModel) -> None:
     """Give an adapted output head weights of its own where it shares them with the input embedding."""
     embedding = model.model.get_input_embeddings().weight
     for layer in model.layers.values():
-        if isinstance(layer, AdapterLinear) and layer.base.weight is embedding:
+        if (
+            isinstance(layer, AdapterLinear)
+            and dict(layer.base.named_parameters()).get("weight") is embedding
+        ):
+            assert isinstance(layer.base, nn.Linear)
             layer.base.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
             model.model.config.tie_word_embeddings = False
 
