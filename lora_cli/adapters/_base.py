@@ -136,7 +136,7 @@ class Method:
             InputError: a target matches no linear layer.
         """
         model.requires_grad_(False)
-        paths = match_targets(model, self.targets, where=self.targets_key)
+        paths = self.target_paths(model)
         self.disk_targets = short_names(model, paths)
         for path in paths:
             base = model.get_submodule(path)
@@ -144,6 +144,14 @@ class Method:
             self.layers[path] = self.make_layer(path, base)
             replace_module(model, path, self.layers[path])
         return self.layers
+
+    def target_paths(self, model: PreTrainedModel) -> list[str]:
+        """Return the paths of the linear layers that get an adapter, in the model's order.
+
+        Raises:
+            InputError: a target matches no linear layer.
+        """
+        return match_targets(model, self.targets, where=self.targets_key)
 
     def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
         """Return the initialised layer for the base at `path`."""

@@ -4,32 +4,25 @@ The JSON Schema for editors, `lora recipe explain` and the did-you-mean of error
 A key exists only if some code reads it. Rules that join keys live in the `conflicts` of their section, or of `Recipe`
 where they join two sections. They yield instead of raising, so that one pass reports all of them.
 
-An adapter method or objective is added as one block here, joined to the union `Adapter` or `Objective`.
+An adapter method or objective is added as one block here, joined to the union `Adapter` or `Objective`. LoRA's, which
+has the most keys, stands in `lora_block.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
+from lora_cli.recipe.lora_block import LoraAdapter as LoraAdapter
 from lora_cli.recipe.section import Conflict as Conflict
 from lora_cli.recipe.section import Section as Section
+from lora_cli.recipe.section import regex_fault as _regex_fault
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
-
-def _regex_fault(pattern: str) -> str | None:
-    """Return what is wrong with a regular expression, or None."""
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        return f"{pattern!r} is not a regular expression: {error}"
-    return None
 
 
 class Model(Section):
@@ -89,29 +82,6 @@ class Data(Section):
                 f"found {self.format}, but data.fields already says how to read a row (remove one of them)"
             )
             yield Conflict("data.format", message, reads=("data.fields",))
-
-
-class LoraAdapter(Section):
-    """Low-rank adapters beside frozen linear layers (arXiv 2106.09685)."""
-
-    method: Literal["lora"] = "lora"
-    """Which method adapts the model."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank r of the update B A. Parameters grow linearly with it."""
-    alpha: Annotated[float, Field(gt=0, le=1_000_000)] = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability of zeroing an input of the adapter while training."""
-    targets: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
-    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield a list of targets that names nothing, or an expression that does not compile."""
-        if not self.targets:
-            yield Conflict("adapter.targets", "found nothing (name at least one layer, or write all-linear)")
-        elif isinstance(self.targets, str) and (fault := _regex_fault(self.targets)):
-            yield Conflict("adapter.targets", fault)
 
 
 class FullAdapter(Section):

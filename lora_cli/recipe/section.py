@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -48,3 +49,12 @@ class Section(BaseModel):
             text = "; ".join(f"{conflict.key}: {conflict.message}" for conflict in found)
             raise PydanticCustomError("conflict", "{text}", {"text": text})
         return self
+
+
+def regex_fault(pattern: str) -> str | None:
+    """Return what is wrong with a regular expression, or None."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"{pattern!r} is not a regular expression: {error}"
+    return None

@@ -1,0 +1,68 @@
+"""The `adapter` block of LoRA (arXiv 2106.09685) and its variants, each a key that is off by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lora_cli.recipe.section import Conflict, Section, regex_fault
+
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Alpha = Annotated[float, Field(gt=0, le=1_000_000)]
+LayerIndex = Annotated[int, Field(ge=0, le=9999)]
+LayerWords = Annotated[str, Field(pattern=r"^(all|(first|last) [1-9]\d{0,3}|\d{1,4}-\d{1,4})$")]
+
+
+class LoraAdapter(Section):
+    """Low-rank adapters beside frozen linear layers (arXiv 2106.09685)."""
+
+    method: Literal["lora"] = "lora"
+    """Which method adapts the model."""
+    rank: Rank = 16
+    """Rank r of the update B A. Parameters grow linearly with it."""
+    alpha: Alpha = 32.0
+    """The update is scaled by alpha / rank, or as `scaling` says."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of zeroing an input of the adapter while training."""
+    targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
+    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
+    layers: LayerWords | list[LayerIndex] = "all"
+    """Decoder layers whose targets get an adapter, counted from 0: `all`, `first 8`, `last 8`, a range `4-11` (both
+    ends included), or a list `[0, 1, 15]`. Anything but all leaves out targets outside the layers, such as lm_head."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    """standard: alpha / rank. rslora: alpha / sqrt(rank), with which large ranks keep learning (arXiv 2312.03732)."""
+    rank_pattern: dict[str, Rank] = Field(default={})
+    """Other ranks for some targets, `{down_proj: 64}`. A key is a regular expression for the end of the module path,
+    from a dot on; the first that matches counts."""
+    alpha_pattern: dict[str, Alpha] = Field(default={})
+    """Other alphas for some targets, matched like rank_pattern."""
+    plus_ratio: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
+    """LoRA+ (arXiv 2402.12354): B's learning rate is this many times train.learning_rate, which is A's. The paper
+    recommends about 16, with a lower rate for A."""
+    freeze_a: bool = False
+    """LoRA-FA (arXiv 2308.03303): A keeps its initial values and only B is trained. Half the trained parameters or
+    fewer, and no layer input has to be kept for the backward pass."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield every broken rule that joins keys of this block, and every expression that does not compile."""
+        if not self.targets:
+            yield Conflict("adapter.targets", "found nothing (name at least one layer, or write all-linear)")
+        elif isinstance(self.targets, str) and (fault := regex_fault(self.targets)):
+            yield Conflict("adapter.targets", fault)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for fault in filter(None, map(regex_fault, getattr(self, name))):
+                yield Conflict(f"adapter.{name}", fault)
+        if not self.layers:
+            yield Conflict("adapter.layers", "found nothing (name at least one layer, or write all)")
+        elif isinstance(self.layers, str) and "-" in self.layers:
+            first, last = map(int, self.layers.split("-"))
+            if first > last:
+                yield Conflict("adapter.layers", f"found {self.layers}, which ends before it begins")
+        if self.freeze_a and self.plus_ratio != 1.0:
+            message = (
+                f"found {self.plus_ratio}, but A has no learning rate (set train.learning_rate, which is B's)"
+            )
+            yield Conflict("adapter.plus_ratio", message, reads=("adapter.freeze_a",))
