@@ -83,12 +83,27 @@ def layer_indices(layers: str | Sequence[int], count: int, where: str) -> list[i
     return chosen
 
 
-def in_layers(paths: Sequence[str], indices: Sequence[int], names: Sequence[str] = ()) -> list[str]:
+def in_layers(paths: Sequence[str], indices: Sequence[int] | str, names: Sequence[str] = ()) -> list[str]:
     """Return the paths inside these layers; the first number of a path counts, or the first after one of `names`."""
+    assert not isinstance(indices, str)
     name = "|".join(names) if names else r"[^.]*"
     pattern = re.compile(rf"(?:^|.*?\.)(?:{name})\.(\d+)\.")
     matches = {path: pattern.match(path) for path in paths}
     return [path for path, match in matches.items() if match and int(match[1]) in indices]
+
+
+def require_targets(paths: Sequence[str], targets: str | Sequence[str], where: str) -> None:
+    """Refuse a choice of layers in which a target has no module left.
+
+    Raises:
+        InputError: with the target.
+    """
+    for target in [targets] if isinstance(targets, str) else targets:
+        named = [path for path in paths if f".{path}".endswith(f".{target}")]
+        if not (paths if isinstance(targets, str) else named):
+            raise InputError(
+                f"{where}: {target!r} matches no linear layer in the chosen decoder layers (see adapter.layers)"
+            )
 
 
 def _first_match(patterns: Mapping[str, object], path: str) -> str | None:

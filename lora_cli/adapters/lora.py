@@ -7,7 +7,7 @@ the model is unchanged at injection. A and B are float32 and are cast to the inp
 steps would round small updates away, bf16 products lose nothing that the base's own do not.
 
 Variants, each a key of the recipe's block: rsLoRA's scale (2312.03732), ranks and alphas by module, a choice of decoder
-layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303).
+layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_init.py`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters import _patterns, _peft
+from lora_cli.adapters import _init, _lora_config, _patterns
 from lora_cli.adapters._base import AdapterLinear, Method
-from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
 
 
@@ -50,6 +49,12 @@ class LoraLinear(AdapterLinear):
             self.lora_A.copy_(initial)
             self.lora_B.zero_()
 
+    @torch.no_grad()
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Set A (r, in) and B (out, r)."""
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
+
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the scaled update to the base's output: (..., in), (..., out) -> (..., out)."""
         x = F.dropout(x, self.dropout, self.training)
@@ -65,25 +70,53 @@ class LoraLinear(AdapterLinear):
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
 
+class ShiftedLoraLinear(LoraLinear):
+    """A LoRA layer that starts at B0 A0 other than zero and leaves the base as it is: (..., in) -> (..., out).
+
+        h = W x + scale (B A - B0 A0) x
+
+    PiSSA and OLoRA store W - scale B0 A0 as a new base, which is not the original and is rounded to its dtype. Here the
+    original stays, and the difference is taken as (B - B0) A + B0 (A - A0), in float32 before anything is rounded: it
+    is exactly zero at the start, and a small one stays precise in bfloat16. It costs A0 and B0 in memory and products
+    of rank 2 r, and stands on disk as a plain LoRA of rank 2 r. Dropout acts on the difference alone.
+    """
+
+    initial_A: Tensor
+    initial_B: Tensor
+
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Set A (r, in) and B (out, r), and keep them as A0 and B0."""
+        super().start_from(a, b)
+        self.register_buffer("initial_A", self.lora_A.detach().clone())
+        self.register_buffer("initial_B", self.lora_B.detach().clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (2r, in) and (out, 2r), float32, whose product is B A - B0 A0."""
+        a = torch.cat([self.lora_A, self.lora_A - self.initial_A])
+        return a, torch.cat([self.lora_B - self.initial_B, self.initial_B], dim=1)
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the scaled difference to the base's output: (..., in), (..., out) -> (..., out)."""
+        a, b = self.factors()
+        h = F.linear(F.dropout(x, self.dropout, self.training), a.to(x.dtype))  # (..., 2r)
+        return y + F.linear(h * self.scale, b.to(x.dtype))
+
+    def merged_weight(self) -> Tensor:
+        """Return W + scale (B A - B0 A0), (out, in) float32."""
+        shift = self.lora_B @ self.lora_A - self.initial_B @ self.initial_A
+        return self.base_weight().float() + self.scale * shift
+
+    def disk_tensors(self) -> dict[str, Tensor]:
+        """Return a plain LoRA of twice the rank on the original base."""
+        a, b = self.factors()
+        return {"lora_A.weight": a, "lora_B.weight": b}
+
+
 class Lora(Method):
     """LoRA on the layers that `targets` names, in the decoder layers that `layers` names."""
 
     peft_type = "LORA"
-    disk_keys = frozenset(
-        {
-            "r",
-            "lora_alpha",
-            "lora_dropout",
-            "target_modules",
-            "bias",
-            "init_lora_weights",
-            "use_rslora",
-            "rank_pattern",
-            "alpha_pattern",
-            "layers_to_transform",
-            "layers_pattern",
-        }
-    )
+    disk_keys = _lora_config.KEYS
 
     def __init__(
         self,
@@ -98,14 +131,15 @@ class Lora(Method):
         alpha_pattern: Mapping[str, float] | None = None,
         plus_ratio: float = 1.0,
         freeze_a: bool = False,
+        init: str = "default",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.targets, self.chosen_layers, self.seed = targets, layers, seed
+        self.targets, self.chosen_layers, self.init, self.seed = targets, layers, init, seed
         self.rslora, self.plus_ratio, self.freeze_a = scaling == "rslora", plus_ratio, freeze_a
         self.rank_pattern, self.alpha_pattern = rank_pattern or {}, alpha_pattern or {}
-        self.layers_pattern: list[str] = []
+        self.layer_names: list[str] = []
         """Names before the number of a decoder layer; empty: any."""
         self.strict = True
         """False: patterns and layer indices that name nothing are passed over, as PEFT does with its own files."""
@@ -118,51 +152,50 @@ class Lora(Method):
         """
         paths = super().target_paths(model)
         if self.chosen_layers != "all":
-            paths = self._in_chosen_layers(model, paths, self.chosen_layers)
+            indices = self.chosen_layers
+            if self.strict:
+                count = model.config.get_text_config().num_hidden_layers
+                indices = _patterns.layer_indices(indices, count, "adapter.layers")
+            paths = _patterns.in_layers(paths, indices, self.layer_names)
+            _patterns.require_targets(paths, self.targets, self.targets_key)
         if self.strict:
             _patterns.require_used(self.rank_pattern, paths, "adapter.rank_pattern")
             _patterns.require_used(self.alpha_pattern, paths, "adapter.alpha_pattern")
         return paths
 
-    def _in_chosen_layers(
-        self, model: PreTrainedModel, paths: list[str], layers: str | list[int]
-    ) -> list[str]:
-        if self.strict:
-            count = model.config.get_text_config().num_hidden_layers
-            layers = _patterns.layer_indices(layers, count, "adapter.layers")
-        assert isinstance(layers, list)
-        chosen = _patterns.in_layers(paths, layers, self.layers_pattern)
-        for target in self.targets if isinstance(self.targets, list) else [""]:
-            if not any(f".{path}".endswith(target and f".{target}") for path in chosen):
-                raise InputError(
-                    f"{self.targets_key}: {target or self.targets!r} matches no linear layer in the chosen"
-                    f" decoder layers (adapter.layers is {self.chosen_layers})"
-                )
-        return chosen
-
     def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
-        """Return a LoraLinear whose A is a function of seed and path."""
-        layer = LoraLinear(
+        """Return a LoraLinear whose start is a function of seed and path, or of the base weight."""
+        rank, seed = (
+            _patterns.value_at(self.rank_pattern, path, self.rank),
+            stream_seed(self.seed, "adapter", path),
+        )
+        layer = (ShiftedLoraLinear if self.init in _init.FROM_BASE else LoraLinear)(
             base,
-            rank=_patterns.value_at(self.rank_pattern, path, self.rank),
+            rank=rank,
             alpha=_patterns.value_at(self.alpha_pattern, path, self.alpha),
             dropout=self.dropout,
             rslora=self.rslora,
         )
-        layer.reset(stream_seed(self.seed, "adapter", path))
+        if self.init == "default":
+            layer.reset(seed)
+        else:
+            layer.start_from(*_init.factors(self.init, layer.base_weight(), rank, layer.scale, seed, path))
         layer.lora_A.requires_grad_(not self.freeze_a)
         return layer
 
     def rate_factor(self, name: str) -> float:
-        """Return LoRA+'s ratio of B's rate to A's (arXiv 2402.12354, section 4.2)."""
+        """Return LoRA+'s ratio of B's rate to A's (arXiv 2402.12354)."""
         return self.plus_ratio if name.endswith(".lora_B") else 1.0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what is neither trained nor in the base: A where it is frozen."""
-        frozen = self.layers if self.freeze_a else {}
-        return {
-            f"{path}.lora_A": layer.lora_A for path, layer in frozen.items() if isinstance(layer, LoraLinear)
-        }
+        """Return what is neither trained nor in the base: A where it is frozen, and a start other than zero."""
+        state: dict[str, Tensor] = {}
+        for path, layer in self.layers.items():
+            if self.freeze_a and isinstance(layer, LoraLinear):
+                state[f"{path}.lora_A"] = layer.lora_A
+            if isinstance(layer, ShiftedLoraLinear):
+                state |= {f"{path}.{name}": buffer for name, buffer in layer.named_buffers(recurse=False)}
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -172,18 +205,22 @@ class Lora(Method):
 
     def disk_config(self) -> dict[str, Any]:
         """Return PEFT's LoRA keys; a whole alpha is written as an integer, as older readers expect."""
+        # A start other than zero stands on disk with twice the rank, and with alpha raised to keep the scale.
+        times = 2 if self.init in _init.FROM_BASE else 1
+        raised = math.sqrt(times) if self.rslora else times
+        ranks = _patterns.lasting(self.rank_pattern, list(self.layers))
         alphas = _patterns.lasting(self.alpha_pattern, list(self.layers))
         return {
-            "r": self.rank,
-            "lora_alpha": _whole(self.alpha),
+            "r": self.rank * times,
+            "lora_alpha": _lora_config.whole(self.alpha * raised),
             "lora_dropout": self.dropout,
             "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in self.layers.values()),
             "bias": "none",
             "init_lora_weights": True,
             "use_dora": False,
             "use_rslora": self.rslora,
-            "rank_pattern": _patterns.lasting(self.rank_pattern, list(self.layers)),
-            "alpha_pattern": {key: _whole(value) for key, value in alphas.items()},
+            "rank_pattern": {key: rank * times for key, rank in ranks.items()},
+            "alpha_pattern": {key: _lora_config.whole(alpha * raised) for key, alpha in alphas.items()},
             "layers_to_transform": None,  # target_modules names exactly the adapted layers
             "layers_pattern": None,
             "modules_to_save": None,
@@ -192,64 +229,10 @@ class Lora(Method):
     @classmethod
     def from_disk_config(cls, config: Mapping[str, Any], where: str) -> Lora:
         """Return the method that an adapter_config.json describes."""
-        _peft.require(
-            where,
-            config,
-            r=("a positive integer", _peft.is_integer(config.get("r"), least=1)),
-            lora_alpha=("a positive number", _peft.is_number(config.get("lora_alpha"), above=0.0)),
-            lora_dropout=("0 to 1", _peft.is_number(config.get("lora_dropout", 0.0), below=1.0)),
-            bias=("none", config.get("bias", "none") == "none"),
-            init_lora_weights=(
-                "a start that leaves the base as it is",
-                config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal"),
-            ),
-            use_rslora=("true or false", isinstance(config.get("use_rslora", False), bool)),
-            rank_pattern=(
-                "patterns and positive integers",
-                _patterns.is_pattern(
-                    config.get("rank_pattern"), lambda rank: _peft.is_integer(rank, least=1)
-                ),
-            ),
-            alpha_pattern=(
-                "patterns and positive numbers",
-                _patterns.is_pattern(
-                    config.get("alpha_pattern"), lambda alpha: _peft.is_number(alpha, above=0.0)
-                ),
-            ),
-            layers_to_transform=(
-                "a layer or a list of them, and target_modules as a list",
-                _are_layers(config),
-            ),
-        )
-        indices, names = config.get("layers_to_transform"), config.get("layers_pattern") or []
-        method = cls(
-            rank=config["r"],
-            alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
-            targets=config["target_modules"],
-            layers=[indices] if isinstance(indices, int) else indices or "all",
-            scaling="rslora" if config.get("use_rslora") else "standard",
-            rank_pattern=config.get("rank_pattern"),
-            alpha_pattern=config.get("alpha_pattern"),
-        )
-        method.layers_pattern = [names] if isinstance(names, str) else names
+        method = cls(**_lora_config.read(config, where))
+        method.layer_names = _lora_config.layer_names(config)
         method.strict = False
         return method
-
-
-def _whole(alpha: float) -> float:
-    """Return a whole number as an integer, as older readers of PEFT's format expect."""
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _are_layers(config: Mapping[str, Any]) -> bool:
-    """Say whether the choice of layers in an adapter_config.json is one that PEFT takes."""
-    indices, names = config.get("layers_to_transform"), config.get("layers_pattern")
-    if not indices and not _peft.is_integer(indices):
-        return not names
-    listed = indices if isinstance(indices, list) else [indices]
-    known = names is None or isinstance(names, str | list)
-    return isinstance(config["target_modules"], list) and known and all(map(_peft.is_integer, listed))
 
 
 METHOD = Lora

@@ -39,6 +39,10 @@ class LoraAdapter(Section):
     from a dot on; the first that matches counts."""
     alpha_pattern: dict[str, Alpha] = Field(default={})
     """Other alphas for some targets, matched like rank_pattern."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """How A and B start. default: A uniform, B zero. gaussian: A normal, B zero. orthogonal: both random, B A zero.
+    pissa (arXiv 2404.02948), olora (arXiv 2406.01775): at the base weight's largest singular directions, or at its QR
+    factors; the base itself stays as it is, and the adapter is written as plain LoRA of twice the rank."""
     plus_ratio: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """LoRA+ (arXiv 2402.12354): B's learning rate is this many times train.learning_rate, which is A's. The paper
     recommends about 16, with a lower rate for A."""
@@ -61,6 +65,9 @@ class LoraAdapter(Section):
             first, last = map(int, self.layers.split("-"))
             if first > last:
                 yield Conflict("adapter.layers", f"found {self.layers}, which ends before it begins")
+        if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
+            message = "found orthogonal, which halves the rank (choose even ranks)"
+            yield Conflict("adapter.init", message, reads=("adapter.rank", "adapter.rank_pattern"))
         if self.freeze_a and self.plus_ratio != 1.0:
             message = (
                 f"found {self.plus_ratio}, but A has no learning rate (set train.learning_rate, which is B's)"

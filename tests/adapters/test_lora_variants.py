@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import Method, _patterns, _peft
-from lora_cli.adapters.lora import LoraLinear
+from lora_cli.adapters.lora import Lora, LoraLinear
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives.sft import Sft
@@ -56,6 +56,15 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"layers_to_transform": [0], "layers_pattern": ["layers", "h"]},
     ),
     "frozen A": ({"freeze_a": True}, {}),
+    "gaussian": ({"init": "gaussian"}, {"init_lora_weights": "gaussian"}),
+    "orthogonal": ({"init": "orthogonal"}, {"init_lora_weights": "orthogonal"}),
+    "pissa": ({"init": "pissa"}, {"init_lora_weights": "pissa"}),
+    "pissa, frozen A": ({"init": "pissa", "freeze_a": True}, {"init_lora_weights": "pissa"}),
+    "olora": ({"init": "olora"}, {"init_lora_weights": "olora"}),
+    "olora, rslora, patterns": (
+        {"init": "olora", "scaling": "rslora", "rank_pattern": {"FIRST": 6}, "alpha_pattern": {"FIRST": 5.0}},
+        {},
+    ),
 }
 
 
@@ -138,7 +147,7 @@ def test_peft_reads_ours_and_we_read_it_back(name: str, architecture: str, tmp_p
         assert difference(again, model) <= 1e-5
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith(("pissa", "olora"))])
 def test_ours_reads_pefts(name: str, architecture: str, tmp_path: Path) -> None:
     """We load what PEFT wrote of the same variant with its logits to 1e-5, and would have made the same tensors."""
     live = theirs(name, architecture).eval()
@@ -215,13 +224,15 @@ def freeze_a(model: torch.nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", ["rslora", "patterns", "layers", "frozen A"])
+@pytest.mark.parametrize(
+    "name", ["rslora", "patterns", "layers", "frozen A", "orthogonal", "pissa", "pissa, frozen A", "olora"]
+)
 def test_losses_follow_pefts(name: str) -> None:
     """30 steps in fp32 from the same start keep the losses of PEFT's model to 1e-4."""
     model, method = ours(name, "llama")
     other = theirs(name, "llama")
     start_alike(method, other)
-    if name == "frozen A":
+    if "frozen A" in name:
         freeze_a(other)
     assert follow(model, method, other, adamw(other)) <= 1e-4
 
@@ -244,6 +255,66 @@ def test_lora_plus_follows_pefts() -> None:
     start_alike(method, other)
     optimizer = create_loraplus_optimizer(other, torch.optim.AdamW, lr=5e-4, loraplus_lr_ratio=8.0)
     assert follow(plain, method, other, optimizer, rate=5e-4) > 1e-3
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_start_is_pefts(init: str) -> None:
+    """B0 A0 is PEFT's to 1e-5, without and with a bias, and PEFT's base plus it is the original base."""
+    for architecture in ("llama", "qwen2"):
+        _, method = ours(init, architecture)
+        other = theirs(init, architecture)
+        for path, layer in method.layers.items():
+            assert isinstance(layer, LoraLinear)
+            module = other.get_submodule(f"base_model.model.{path}")
+            start = layer.scale * layer.lora_B @ layer.lora_A
+            assert float((start - module.get_delta_weight("default")).abs().max()) <= 1e-5
+            assert float((module.base_layer.weight + start - layer.base.weight).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_pefts_conversion_is_read_and_its_raw_form_refused(init: str, tmp_path: Path) -> None:
+    """We read what PEFT converts to plain LoRA to 1e-5, and refuse what fits only the base that PEFT has changed."""
+    live = theirs(init, "llama").eval()
+    live.peft_config["default"].init_lora_weights = True
+    live.save_pretrained(tmp_path / "start")
+    live.peft_config["default"].init_lora_weights = init
+    stir(parameter for parameter in live.parameters() if parameter.requires_grad)
+    live.save_pretrained(tmp_path / "raw")
+    with pytest.raises(InputError, match="leaves the base as it is"):
+        adapters.load(tmp_path / "raw", make_model("llama"))
+    live.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    model = make_model("llama")
+    adapters.load(tmp_path / "converted", model)
+    assert difference(model, live) <= 1e-5
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_shifted_start_is_exact(init: str, architecture: str) -> None:
+    """In float32 and bfloat16 the injected model is the base bit for bit, and dropout does not change that."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(architecture, dtype)
+        before = logits(model)
+        Lora(rank=4, alpha=6.0, init=init, dropout=0.5).inject(model)
+        assert torch.equal(logits(model.train()), before)
+
+
+def test_orthogonal_halves() -> None:
+    """A and B are not zero, B A is zero to rounding, and the columns of both span orthogonal spaces."""
+    _, method = ours("orthogonal", "llama")
+    for layer in method.layers.values():
+        assert isinstance(layer, LoraLinear)
+        assert float(layer.lora_A.std()) > 0.05
+        assert float(layer.lora_B.std()) > 0.05
+        assert float((layer.lora_B @ layer.lora_A).abs().max()) <= 1e-6
+
+
+def test_a_rank_that_the_weight_has_not_is_refused() -> None:
+    """PiSSA and OLoRA cannot take more directions than a weight has; the module and its shape are named."""
+    for init in ("pissa", "olora"):
+        with pytest.raises(InputError, match=r"self_attn.k_proj, whose weight \(16, 32\) has 16"):
+            adapters.build(LoraAdapter(rank=17, init=init, targets=["k_proj"]), 0).inject(make_model("llama"))
 
 
 def test_rslora_keeps_the_update_at_large_rank() -> None:
@@ -318,6 +389,7 @@ def test_what_names_nothing_is_refused(values: dict[str, Any], message: str) -> 
         ("adapter.layers=last", "adapter.layers"),
         ("adapter.layers=5-2", "ends before it begins"),
         ("adapter.layers=[]", "found nothing"),
+        ("adapter={init: orthogonal, rank: 4, rank_pattern: {q_proj: 3}}", "choose even ranks"),
         ("adapter.scaling=rs", "must be one of standard, rslora"),
         ("adapter.use_rslora=true", "did you mean adapter.scaling"),
         ("adapter={freeze_a: true, plus_ratio: 4}", "A has no learning rate"),
