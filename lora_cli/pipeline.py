@@ -106,7 +106,7 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         dtype, longest = DTYPES[recipe.model.dtype], recipe.data.max_length
         model = load_model(base, dtype=dtype, device=rt.device, max_length=longest)
-        layers = adapters.load(adapter, model).layers if adapter is not None else {}
+        layers = adapters.load(adapter, model).placed() if adapter is not None else {}
         scores = evaluate_stage.run(
             recipe.evaluate, AdaptedModel(model, layers), objective, prepared,
             rt=rt, log=log, with_base=adapter is not None,
@@ -128,7 +128,7 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
         _, stop_ids = settle_special_tokens(load_tokenizer(base), recipe.data.template)
         card = adapter / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, merged\n"
-        adapted = AdaptedModel(model, method.layers)
+        adapted = AdaptedModel(model, method.placed())
         differences = _export({"merged": output}, recipe, base, adapted, method, stop_ids, text, rt, log)
         return {"output": str(output), "max_logit_difference": differences["merged"]}
 

@@ -36,7 +36,7 @@ FLOORS = {
 """First part of the name below lora_cli -> floor. Others: see SHARED."""
 SHARED = ("publish", "seeding")
 """Leaves without a floor: every floor may import them, they import only `errors`."""
-HELPERS = ("_base", "_peft", "_patterns", "_init", "_lora_config")
+HELPERS = ("_base", "_peft", "_patterns", "_init", "_lora_config", "_whole")
 """What a method may import besides the method it builds on."""
 TORCH_FREE = ("recipe", "errors", "preflight", "cli")
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "safetensors", "accelerate")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters._whole import TrainedModule
 from lora_cli.errors import InputError
 from lora_cli.types import Progress
 
@@ -44,7 +45,10 @@ class AdapterLinear(nn.Module, ABC):
         self.base = base
         self.enabled = True
         """False: the layer computes exactly what the base does."""
+        self.bias: nn.Parameter | None = None
+        """Trained in place of the base's own where `train_bias` was called, (out,) float32."""
         self._unmerged: Tensor | None = None
+        self._unmerged_bias: Tensor | None = None
         transposed = isinstance(base, Conv1D)
         self.in_features, self.out_features = base.weight.shape if transposed else base.weight.shape[::-1]
 
@@ -56,7 +60,16 @@ class AdapterLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Apply base and update: (..., in) -> (..., out)."""
         y: Tensor = self.base(x)
-        return self.adapt(x, y) if self.enabled and not self.merged else y
+        if not self.enabled or self.merged:
+            return y
+        y = self.adapt(x, y)
+        return y if self.bias is None else y + (self.bias - self.base.bias.float()).to(y.dtype)
+
+    def train_bias(self) -> bool:
+        """Train a copy of the base's bias, and return whether it has one."""
+        if self.base.bias is not None:
+            self.bias = nn.Parameter(self.base.bias.detach().float().clone())
+        return self.bias is not None
 
     @abstractmethod
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
@@ -81,6 +94,9 @@ class AdapterLinear(nn.Module, ABC):
         assert not self.merged
         weight = self.merged_weight()
         self._unmerged = self.base.weight.detach().clone()
+        if self.bias is not None:
+            self._unmerged_bias = self.base.bias.detach().clone()
+            self.base.bias.copy_(self.bias)
         self.base.weight.copy_(weight.T if isinstance(self.base, Conv1D) else weight)
 
     @torch.no_grad()
@@ -89,6 +105,9 @@ class AdapterLinear(nn.Module, ABC):
         assert self._unmerged is not None
         self.base.weight.copy_(self._unmerged)
         self._unmerged = None
+        if self._unmerged_bias is not None:
+            self.base.bias.copy_(self._unmerged_bias)
+            self._unmerged_bias = None
 
 
 class OptimizerState(Protocol):
@@ -119,6 +138,8 @@ class Method:
 
     def __init__(self) -> None:
         self.layers = {}
+        self.whole: dict[str, TrainedModule] = {}
+        """Modules trained in place of the base's, by path."""
         self.disk_targets: list[str] = []
         """The shortest `target_modules` that names exactly the injected layers."""
 
@@ -159,12 +180,17 @@ class Method:
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters the optimizer updates, `<module>.<tensor>`."""
-        return {
-            f"{path}.{name}": parameter
-            for path, layer in self.layers.items()
-            for name, parameter in layer.named_parameters(recurse=False)
+        found = {
+            id(parameter): (f"{path}.{name}", parameter)
+            for path, placed in reversed(self.placed().items())
+            for name, parameter in placed.named_parameters(recurse=False)
             if parameter.requires_grad
         }
+        return dict(reversed(found.values()))  # what tied modules share is there once, under its first name
+
+    def placed(self) -> dict[str, AdapterLinear | TrainedModule]:
+        """Return all that `inject` put into the model, by path."""
+        return {**self.layers, **self.whole}
 
     def rate_factor(self, name: str) -> float:
         """Return the factor of the learning rate for one parameter of `trainable`."""

@@ -20,9 +20,13 @@ KEYS = frozenset(
         "alpha_pattern",
         "layers_to_transform",
         "layers_pattern",
+        "modules_to_save",
     }
 )
 """What `read` takes into account."""
+
+BIASES = {"none": "none", "adapter": "lora_only", "all": "all"}
+"""Our names of which biases are trained, and PEFT's."""
 
 
 def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -37,7 +41,12 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         r=("a positive integer", _peft.is_integer(config.get("r"), least=1)),
         lora_alpha=("a positive number", _peft.is_number(config.get("lora_alpha"), above=0.0)),
         lora_dropout=("0 to 1", _peft.is_number(config.get("lora_dropout", 0.0), below=1.0)),
-        bias=("none", config.get("bias", "none") == "none"),
+        bias=("none, lora_only or all", config.get("bias", "none") in BIASES.values()),
+        modules_to_save=(
+            "names, and with bias all none",
+            _are_names(config.get("modules_to_save"))
+            and not (config.get("modules_to_save") and config.get("bias") == "all"),
+        ),
         init_lora_weights=(
             "a start that leaves the base as it is",
             config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal"),
@@ -56,11 +65,14 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         layers_to_transform=("a layer or a list of them, and target_modules as a list", _are_layers(config)),
     )
     indices = config.get("layers_to_transform")
+    ours = {theirs: name for name, theirs in BIASES.items()}
     variants = {
         "layers": [indices] if isinstance(indices, int) else indices,
         "scaling": "rslora" if config.get("use_rslora") else None,
         "rank_pattern": config.get("rank_pattern"),
         "alpha_pattern": config.get("alpha_pattern"),
+        "bias": ours[config["bias"]] if config.get("bias", "none") != "none" else None,
+        "train_also": config.get("modules_to_save"),
     }
     return {
         "rank": config["r"],
@@ -80,6 +92,12 @@ def layer_names(config: Mapping[str, Any]) -> list[str]:
 def whole(alpha: float) -> float:
     """Return a whole number as an integer, as older readers of the format expect."""
     return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _are_names(value: object) -> bool:
+    return value is None or (
+        isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    )
 
 
 def _are_layers(config: Mapping[str, Any]) -> bool:

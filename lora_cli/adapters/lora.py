@@ -7,13 +7,14 @@ the model is unchanged at injection. A and B are float32 and are cast to the inp
 steps would round small updates away, bf16 products lose nothing that the base's own do not.
 
 Variants, each a key of the recipe's block: rsLoRA's scale (2312.03732), ranks and alphas by module, a choice of decoder
-layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_init.py`).
+layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_init.py`), biases and
+whole modules trained besides (`_whole.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters import _init, _lora_config, _patterns
+from lora_cli.adapters import _init, _lora_config, _patterns, _whole
 from lora_cli.adapters._base import AdapterLinear, Method
+from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
 
 
@@ -132,6 +134,8 @@ class Lora(Method):
         plus_ratio: float = 1.0,
         freeze_a: bool = False,
         init: str = "default",
+        bias: str = "none",
+        train_also: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -139,6 +143,7 @@ class Lora(Method):
         self.targets, self.chosen_layers, self.init, self.seed = targets, layers, init, seed
         self.rslora, self.plus_ratio, self.freeze_a = scaling == "rslora", plus_ratio, freeze_a
         self.rank_pattern, self.alpha_pattern = rank_pattern or {}, alpha_pattern or {}
+        self.bias, self.train_also = bias, list(train_also)
         self.layer_names: list[str] = []
         """Names before the number of a decoder layer; empty: any."""
         self.strict = True
@@ -162,6 +167,30 @@ class Lora(Method):
             _patterns.require_used(self.rank_pattern, paths, "adapter.rank_pattern")
             _patterns.require_used(self.alpha_pattern, paths, "adapter.alpha_pattern")
         return paths
+
+    def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
+        """Place the adapters, and train biases and whole modules besides where the settings say so.
+
+        Raises:
+            InputError: a target, or a module of `train_also`, names nothing, or there is no bias.
+        """
+        super().inject(model)
+        if self.bias != "none":
+            trained = [layer for layer in self.layers.values() if layer.train_bias()]
+            if self.bias == "all":
+                self.whole = _whole.wrap(model, _whole.biased(model, self.layers), only="bias")
+            if self.strict and not (trained or self.whole):
+                raise InputError(
+                    f"adapter.bias: found {self.bias}, but no such bias is in the model (use none)"
+                )
+        if self.train_also:
+            paths = (
+                _whole.choose(model, self.train_also, self.layers, "adapter.train_also")
+                if self.strict
+                else _whole.choose_as_peft(model, self.train_also, f"{self.targets_key}, modules_to_save")
+            )
+            self.whole |= _whole.wrap(model, paths, tie=self.strict)
+        return self.layers
 
     def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
         """Return a LoraLinear whose start is a function of seed and path, or of the base weight."""
@@ -215,7 +244,7 @@ class Lora(Method):
             "lora_alpha": _lora_config.whole(self.alpha * raised),
             "lora_dropout": self.dropout,
             "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in self.layers.values()),
-            "bias": "none",
+            "bias": _lora_config.BIASES[self.bias],
             "init_lora_weights": True,
             "use_dora": False,
             "use_rslora": self.rslora,
@@ -223,7 +252,7 @@ class Lora(Method):
             "alpha_pattern": {key: _lora_config.whole(alpha * raised) for key, alpha in alphas.items()},
             "layers_to_transform": None,  # target_modules names exactly the adapted layers
             "layers_pattern": None,
-            "modules_to_save": None,
+            "modules_to_save": list(self.whole) if self.train_also else None,
         }
 
     @classmethod

@@ -50,6 +50,12 @@ class LoraAdapter(Section):
     """LoRA-FA (arXiv 2308.03303): A keeps its initial values and only B is trained. Half the trained parameters or
     fewer, and no layer input has to be kept for the backward pass."""
 
+    bias: Literal["none", "adapter", "all"] = "none"
+    """Biases that are trained besides. adapter: those of the layers that have an adapter. all: every bias."""
+    train_also: list[str] = Field(default=[])
+    """Modules trained whole besides, `[norm, lm_head]`: names matched at the end of the path. Modules that share a
+    weight, as lm_head and embed_tokens do in many small models, are trained together. They are stored whole."""
+
     def conflicts(self) -> Iterator[Conflict]:
         """Yield every broken rule that joins keys of this block, and every expression that does not compile."""
         if not self.targets:
@@ -68,6 +74,11 @@ class LoraAdapter(Section):
         if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
             message = "found orthogonal, which halves the rank (choose even ranks)"
             yield Conflict("adapter.init", message, reads=("adapter.rank", "adapter.rank_pattern"))
+        if self.train_also and self.bias == "all":
+            message = (
+                "found modules, but adapter.bias all trains parts of them already (use bias adapter or none)"
+            )
+            yield Conflict("adapter.train_also", message, reads=("adapter.bias",))
         if self.freeze_a and self.plus_ratio != 1.0:
             message = (
                 f"found {self.plus_ratio}, but A has no learning rate (set train.learning_rate, which is B's)"

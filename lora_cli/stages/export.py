@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lora_cli import adapters
 from lora_cli.adapters import Method, _peft
 from lora_cli.adapters._base import AdapterLinear, replace_module
+from lora_cli.adapters._whole import TrainedModule
 from lora_cli.errors import LoraError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
@@ -104,7 +105,7 @@ def _reload_adapter(folder: Path, model: AdaptedModel) -> float:
     with _unwrapped(model):
         reloaded = adapters.load(folder, model.model)
         difference = float((sample_logits(model.model) - live).abs().max())
-        for path, layer in reloaded.layers.items():
+        for path, layer in reloaded.placed().items():
             replace_module(model.model, path, layer.base)
     return difference
 
@@ -115,7 +116,7 @@ def _write_merged(
     """Write the merged model, read it back, return its largest logit difference to the live merged model."""
     live = sample_logits(model.model)
     _untie_adapted_embeddings(model)
-    layers = [layer for layer in model.layers.values() if isinstance(layer, AdapterLinear)]
+    layers = [layer for layer in model.layers.values() if isinstance(layer, AdapterLinear | TrainedModule)]
     for layer in layers:
         layer.merge()
     merged = sample_logits(model.model)
@@ -135,7 +136,9 @@ def _write_merged(
 @contextmanager
 def _unwrapped(model: AdaptedModel) -> Iterator[None]:
     """Within it the transformers model holds its plain linear layers again."""
-    layers = {path: layer for path, layer in model.layers.items() if isinstance(layer, AdapterLinear)}
+    layers = {
+        p: layer for p, layer in model.layers.items() if isinstance(layer, AdapterLinear | TrainedModule)
+    }
     for path, layer in layers.items():
         replace_module(model.model, path, layer.base)
     try:
@@ -146,12 +149,21 @@ def _unwrapped(model: AdaptedModel) -> Iterator[None]:
 
 
 def _untie_adapted_embeddings(model: AdaptedModel) -> None:
-    """Give an adapted output head weights of its own where it shares them with the input embedding."""
-    embedding = model.model.get_input_embeddings().weight
-    for layer in model.layers.values():
-        if isinstance(layer, AdapterLinear) and layer.base.weight is embedding:
-            layer.base.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
-            model.model.config.tie_word_embeddings = False
+    """Give an adapted or separately trained output head weights of its own where it shares the input embedding's."""
+    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    shared = _original_weight(embedding)
+    if head is None or _original_weight(head) is not shared:
+        return
+    if isinstance(head, AdapterLinear):
+        head.base.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    if (
+        isinstance(head, AdapterLinear) or head.weight is not embedding.weight
+    ):  # merging a TrainedModule parts them
+        model.model.config.tie_word_embeddings = False
+
+
+def _original_weight(module: nn.Module) -> Any:
+    return module.base.weight if isinstance(module, AdapterLinear | TrainedModule) else module.weight
 
 
 def _add_companions(

@@ -41,7 +41,9 @@ def run(
     frozen_copy: dict[str, Tensor] = {}
     if not layers:
         frozen_copy = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    in_layers = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
+    in_layers = {
+        id(parameter) for part in method.placed().values() for parameter in part.parameters(recurse=False)
+    }
     total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_layers)
     trained = sum(parameter.numel() for parameter in trainable.values())
     log(
@@ -49,4 +51,4 @@ def run(
         f"{adapter.method} trains {trained:,} ({trained / total:.2%})"
         + (f" in {len(layers)} layers" if layers else "")
     )
-    return AdaptedModel(model, layers, frozen_copy), method
+    return AdaptedModel(model, method.placed(), frozen_copy), method
