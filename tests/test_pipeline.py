@@ -118,7 +118,16 @@ def test_the_same_recipe_gives_the_same_bits(job: Run, tmp_path: Path) -> None:
     assert not all(torch.equal(value, c[key]) for key, value in a.items())
 
 
-@pytest.mark.parametrize("method", [{"method": "lora", "rank": 4, "dropout": 0.1}, {"method": "full"}])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "lora", "rank": 4, "dropout": 0.1},
+        {"method": "lora", "rank": 4, "init": "pissa", "scaling": "rslora", "plus_ratio": 4.0},
+        {"method": "lora", "init": "orthogonal", "freeze_a": True, "rank_pattern": {"q_proj": 2}},
+        {"method": "lora", "rank": 4, "train_also": ["norm", "lm_head"]},
+        {"method": "full"},
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(job: Run, tmp_path: Path, method: dict[str, Any]) -> None:
     """A run that stopped after 4 of 10 steps and continued has the adapter and metrics of one that did not."""
     changes: dict[str, Any] = {"adapter": method, "model__dtype": "bfloat16"}
