@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -12,7 +13,8 @@ from lora_cli.recipe.section import Conflict, Section, regex_fault
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Alpha = Annotated[float, Field(gt=0, le=1_000_000)]
 LayerIndex = Annotated[int, Field(ge=0, le=9999)]
-LayerWords = Annotated[str, Field(pattern=r"^(all|(first|last) [1-9]\d{0,3}|\d{1,4}-\d{1,4})$")]
+
+_LAYERS = re.compile(r"all|(first|last) [1-9]\d{0,3}|\d{1,4}-\d{1,4}")
 
 
 class LoraAdapter(Section):
@@ -29,7 +31,7 @@ class LoraAdapter(Section):
     targets: str | list[str] = "all-linear"
     """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
     (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
-    layers: LayerWords | list[LayerIndex] = "all"
+    layers: str | list[LayerIndex] = "all"
     """Decoder layers whose targets get an adapter, counted from 0: `all`, `first 8`, `last 8`, a range `4-11` (both
     ends included), or a list `[0, 1, 15]`. Anything but all leaves out targets outside the layers, such as lm_head."""
     scaling: Literal["standard", "rslora"] = "standard"
@@ -67,6 +69,9 @@ class LoraAdapter(Section):
                 yield Conflict(f"adapter.{name}", fault)
         if not self.layers:
             yield Conflict("adapter.layers", "found nothing (name at least one layer, or write all)")
+        elif isinstance(self.layers, str) and not _LAYERS.fullmatch(self.layers):
+            message = f"found {self.layers!r} (write all, first 8, last 8, 4-11, or a list of numbers)"
+            yield Conflict("adapter.layers", message)
         elif isinstance(self.layers, str) and "-" in self.layers:
             first, last = map(int, self.layers.split("-"))
             if first > last:

@@ -98,7 +98,7 @@ def test_what_names_nothing_is_refused(values: dict[str, Any], message: str) -> 
         ),
         ("adapter.rank_pattern=[q_proj]", "must be a mapping of names to integer from 1 to 4096"),
         ("adapter.rank_pattern={'(': 1}", "is not a regular expression"),
-        ("adapter.layers=last", "adapter.layers"),
+        ("adapter.layers=last", "found 'last' (write all, first 8"),
         ("adapter.layers=5-2", "ends before it begins"),
         ("adapter.layers=[]", "found nothing"),
         ("adapter={init: orthogonal, rank: 4, rank_pattern: {q_proj: 3}}", "choose even ranks"),
