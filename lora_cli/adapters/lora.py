@@ -194,10 +194,8 @@ class Lora(Method):
 
     def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
         """Return a LoraLinear whose start is a function of seed and path, or of the base weight."""
-        rank, seed = (
-            _patterns.value_at(self.rank_pattern, path, self.rank),
-            stream_seed(self.seed, "adapter", path),
-        )
+        rank = _patterns.value_at(self.rank_pattern, path, self.rank)
+        seed = stream_seed(self.seed, "adapter", path)
         layer = (ShiftedLoraLinear if self.init in _init.FROM_BASE else LoraLinear)(
             base,
             rank=rank,
