@@ -128,7 +128,7 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
             base, dtype=dtype, device=rt.device, attention=attention, quantization=quantization
         )
         inject.check_rows_fit(model, prepared, max_generated=generated)
-        layers = _load_adapter(adapter, base, model).layers if adapter is not None else {}
+        layers = _load_adapter(adapter, base, model).placed() if adapter is not None else {}
         scores = evaluate_stage.run(
             recipe.evaluate, AdaptedModel(model, layers), objective, prepared,
             rt=rt, log=log, with_base=adapter is not None,
@@ -157,7 +157,7 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
         _, stop_ids = settle_special_tokens(load_tokenizer(base), recipe.data.template)
         card = adapter / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, merged\n"
-        adapted = AdaptedModel(model, method.layers)
+        adapted = AdaptedModel(model, method.placed())
         differences = _export(
             {"merged": output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample
         )

@@ -122,6 +122,9 @@ def test_the_same_recipe_gives_the_same_bits(job: Run, tmp_path: Path) -> None:
     "method",
     [
         {"method": "lora", "rank": 4, "dropout": 0.1},
+        {"method": "lora", "rank": 4, "init": "pissa", "scaling": "rslora", "plus_ratio": 4.0},
+        {"method": "lora", "init": "orthogonal", "freeze_a": True, "rank_pattern": {"q_proj": 2}},
+        {"method": "lora", "rank": 4, "train_also": ["norm", "lm_head"]},
         {"method": "dora", "rank": 4, "dropout": 0.1},
         {"method": "vera", "rank": 16, "dropout": 0.1},
         {"method": "vera", "rank": 16, "save_projection": False},

@@ -143,7 +143,10 @@ class _Stretch(torch.autograd.Function):
 class Dora(Lora):
     """DoRA on the layers that `targets` names."""
 
-    disk_keys = Lora.disk_keys | {"use_dora"}
+    # Of LoRA's variants none: what is not named here must be off in a file that is read.
+    disk_keys = frozenset(
+        {"r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights", "use_dora"}
+    )
 
     def __init__(
         self,

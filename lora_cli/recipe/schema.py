@@ -4,40 +4,27 @@ The JSON Schema for editors, `lora recipe explain` and the did-you-mean of error
 A key exists only if some code reads it. Rules that join keys live in the `conflicts` of their section, or of `Recipe`
 where they join two sections. They yield instead of raising, so that one pass reports all of them.
 
-An adapter method or objective is added as one block here, joined to the union `Adapter` or `Objective`.
+An objective is added as one block here, joined to the union `Objective`; an adapter method in `adapter_blocks.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
+from lora_cli.recipe.adapter_blocks import AdaLoraAdapter as AdaLoraAdapter
+from lora_cli.recipe.adapter_blocks import Adapter as Adapter
+from lora_cli.recipe.adapter_blocks import DoraAdapter as DoraAdapter
+from lora_cli.recipe.adapter_blocks import FullAdapter as FullAdapter
+from lora_cli.recipe.adapter_blocks import LoraAdapter as LoraAdapter
+from lora_cli.recipe.adapter_blocks import QloraAdapter as QloraAdapter
+from lora_cli.recipe.adapter_blocks import ReloraAdapter as ReloraAdapter
+from lora_cli.recipe.adapter_blocks import VeraAdapter as VeraAdapter
 from lora_cli.recipe.section import Conflict as Conflict
+from lora_cli.recipe.section import Fraction, NonNegativeInt, PositiveInt
 from lora_cli.recipe.section import Section as Section
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
-
-def _regex_fault(pattern: str) -> str | None:
-    """Return what is wrong with a regular expression, or None."""
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        return f"{pattern!r} is not a regular expression: {error}"
-    return None
-
-
-def _target_conflicts(targets: str | list[str]) -> Iterator[Conflict]:
-    """Yield a list of targets that names nothing, or an expression that does not compile."""
-    if not targets:
-        yield Conflict("adapter.targets", "found nothing (name at least one layer, or write all-linear)")
-    elif isinstance(targets, str) and (fault := _regex_fault(targets)):
-        yield Conflict("adapter.targets", fault)
 
 
 class Model(Section):
@@ -103,190 +90,6 @@ class Data(Section):
                 f"found {self.format}, but data.fields already says how to read a row (remove one of them)"
             )
             yield Conflict("data.format", message, reads=("data.fields",))
-
-
-def _target_conflicts(targets: str | list[str]) -> Iterator[Conflict]:
-    """Yield a list of targets that names nothing, or an expression that does not compile."""
-    if not targets:
-        yield Conflict("adapter.targets", "found nothing (name at least one layer, or write all-linear)")
-    elif isinstance(targets, str) and (fault := _regex_fault(targets)):
-        yield Conflict("adapter.targets", fault)
-
-
-class LoraAdapter(Section):
-    """Low-rank adapters beside frozen linear layers (arXiv 2106.09685)."""
-
-    method: Literal["lora"] = "lora"
-    """Which method adapts the model."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank r of the update B A. Parameters grow linearly with it."""
-    alpha: Annotated[float, Field(gt=0, le=1_000_000)] = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability of zeroing an input of the adapter while training."""
-    targets: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear` (all linear layers but the output head;
-    experts held in 3-D tensors are none), `attention`, `mlp`, a list of module names
-    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield what is wrong with the targets."""
-        yield from _target_conflicts(self.targets)
-
-
-class DoraAdapter(Section):
-    """LoRA that trains the length of each weight row apart from its direction (arXiv 2402.09353)."""
-
-    method: Literal["dora"] = "dora"
-    """Which method adapts the model."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank r of the update B A of the direction. Parameters grow linearly with it."""
-    alpha: Annotated[float, Field(gt=0, le=1_000_000)] = 32.0
-    """The update of the direction is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability of zeroing an input of the low-rank path while training; the base path sees every input."""
-    targets: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
-    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield what is wrong with the targets."""
-        yield from _target_conflicts(self.targets)
-
-
-class VeraAdapter(Section):
-    """Two trained vectors a layer, between random matrices that all layers share (arXiv 2310.11454)."""
-
-    method: Literal["vera"] = "vera"
-    """Which method adapts the model."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 256
-    """Rank r of the shared matrices; far above LoRA's, as it costs r trained numbers a layer. At most the smaller of
-    the largest input and the largest output among the target layers."""
-    d_initial: Annotated[float, Field(gt=0, le=10.0)] = 0.1
-    """Start of the trained vector between the shared matrices. The paper's best values are 0.1 and below."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability of zeroing an input of the adapter while training."""
-    targets: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
-    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
-    projection_seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    """The shared matrices are a function of it (PEFT's projection_prng_key), not of run.seed."""
-    save_projection: bool = True
-    """Write the shared matrices into the adapter and the checkpoints. false: smaller files, whose reader draws the
-    matrices again and depends on torch's generator."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield what is wrong with the targets."""
-        yield from _target_conflicts(self.targets)
-
-
-class AdaLoraAdapter(Section):
-    """Low-rank adapters that share one rank budget, moved while training to the layers that need it (2303.10512)."""
-
-    method: Literal["adalora"] = "adalora"
-    """Which method adapts the model."""
-    initial_rank: Annotated[int, Field(ge=1, le=4096)] = 12
-    """Rank of every layer at the start."""
-    target_rank: Annotated[int, Field(ge=1, le=4096)] = 8
-    """Mean rank at the end; a single layer may end anywhere from 0 to initial_rank."""
-    alpha: Annotated[float, Field(gt=0, le=1_000_000)] = 32.0
-    """The update is scaled by alpha / initial_rank, also after pruning."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability of zeroing an input of the adapter while training."""
-    targets: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
-    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
-    tinit: NonNegativeInt | None = None
-    """Last step, counted from 0, before ranks begin to fall. null: a tenth of the run."""
-    tfinal: PositiveInt | None = None
-    """Steps at the end with final ranks, the step that settles them included. null: three tenths of the run."""
-    delta_t: PositiveInt | None = None
-    """Steps between two budget updates. null: so many that there are at least 100, or one at every step."""
-    beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
-    """Decay rate of the average of a weight's sensitivity |w dL/dw|."""
-    beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
-    """Decay rate of the average of that sensitivity's uncertainty."""
-    orthogonal_weight: Annotated[float, Field(ge=0.0, le=1_000.0)] = 0.5
-    """Weight of the penalty that keeps rows of A and columns of B orthogonal; it is trained on, but is no part of a
-    reported loss. 0: none."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield ranks that would have to grow, and targets as in LoRA."""
-        if self.initial_rank < self.target_rank:
-            message = (
-                f"found {self.target_rank}, above adapter.initial_rank {self.initial_rank} (ranks only fall)"
-            )
-            yield Conflict("adapter.target_rank", message, reads=("adapter.initial_rank",))
-        yield from _target_conflicts(self.targets)
-
-
-class ReloraAdapter(Section):
-    """LoRA that is merged and restarted, so that its updates add up to a higher rank (arXiv 2307.05695)."""
-
-    method: Literal["relora"] = "relora"
-    """Which method adapts the model."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank of the update of one cycle; the sum over n cycles has up to n times this rank."""
-    alpha: Annotated[float, Field(gt=0, le=1_000_000)] = 32.0
-    """Each update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability of zeroing an input of the adapter while training; what was merged before is not affected."""
-    targets: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear` (all but the output head), `attention`, `mlp`, a list of module names
-    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
-    restart_every: PositiveInt | None = None
-    """Steps from one restart to the next. null: a quarter of all steps; give a number if the run may be prolonged."""
-    restart_warmup: NonNegativeInt | None = None
-    """Steps after each restart in which the learning rate climbs back to the schedule. null: a tenth of
-    `restart_every`. The run's own warm-up is `train.warmup`."""
-    reset: Literal["magnitude", "random", "zero"] = "magnitude"
-    """What a restart does to the optimizer's moments of the adapters. magnitude: zeroes the smallest entries. random:
-    zeroes drawn entries. zero: zeroes all."""
-    reset_fraction: Fraction = 0.9
-    """Part of the moments' entries that a restart zeroes. Not used by reset zero."""
-    export_rank: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Largest rank of the exported PEFT adapter, which holds all updates in one; less than their whole rank loses
-    something, and the error is printed (`export.formats: [merged]` loses nothing). null: their whole rank."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield faults of the targets, a re-warm-up as long as a cycle, and a fraction that is not used."""
-        yield from _target_conflicts(self.targets)
-        every, warmup = self.restart_every, self.restart_warmup
-        if every is not None and warmup is not None and warmup >= every:
-            message = f"found {warmup} steps, but a restart comes every {every} steps (at most {every - 1})"
-            yield Conflict("adapter.restart_warmup", message, reads=("adapter.restart_every",))
-        if self.reset == "zero" and self.reset_fraction not in (0.9, 1.0):
-            message = (
-                f"found {self.reset_fraction}, but reset zero zeroes everything (use magnitude or random)"
-            )
-            yield Conflict("adapter.reset_fraction", message, reads=("adapter.reset",))
-
-
-class QloraAdapter(LoraAdapter):
-    """LoRA on a base whose linear layers are stored in 4 bits (arXiv 2305.14314)."""
-
-    method: Literal["qlora"] = "qlora"  # type: ignore[assignment]
-    """Which method adapts the model."""
-
-
-class FullAdapter(Section):
-    """Full fine-tuning: no adapter, the model's own weights are trained."""
-
-    method: Literal["full"] = "full"
-    """Which method adapts the model."""
-    parameters: str = "all"
-    """`all`, or a regular expression that matches the whole name of each parameter to train."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield an expression that does not compile."""
-        if fault := _regex_fault(self.parameters):
-            yield Conflict("adapter.parameters", fault)
-
-
-Adapter = Annotated[
-    LoraAdapter | QloraAdapter | DoraAdapter | VeraAdapter | AdaLoraAdapter | ReloraAdapter | FullAdapter,
-    Field(discriminator="method"),
-]
 
 
 class SftObjective(Section):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_cli.adapters._base import AdapterLinear, replace_module
+from lora_cli.adapters._whole import TrainedModule
 from lora_cli.errors import GateError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
@@ -82,7 +83,7 @@ def on_dense_base(form: str, model: AdaptedModel, base: Path) -> Iterator[Adapte
         # Another exact attention rounds differently in bfloat16; it is the weights that are compared.
         attention = model.model.config._attn_implementation
         dense = load_model(base, dtype=model.model.dtype, device=model.device, attention=attention)
-        layers = {path: layer for path, layer in model.layers.items() if isinstance(layer, AdapterLinear)}
+        layers = placed(model)
         kept = {path: layer.base for path, layer in layers.items()}
         for path, layer in layers.items():
             layer.base = dense.get_submodule(path)  # type: ignore[assignment]
@@ -106,7 +107,7 @@ def on_dense_base(form: str, model: AdaptedModel, base: Path) -> Iterator[Adapte
 @contextmanager
 def merged(model: AdaptedModel) -> Iterator[None]:
     """Within it the updates stand in the base weights."""
-    layers = [layer for layer in model.layers.values() if isinstance(layer, AdapterLinear)]
+    layers = placed(model).values()
     for layer in layers:
         layer.merge()
     try:
@@ -114,6 +115,12 @@ def merged(model: AdaptedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.unmerge()
+
+
+def placed(model: AdaptedModel) -> dict[str, AdapterLinear | TrainedModule]:
+    """Return what the method put into the model, by path."""
+    kinds = AdapterLinear | TrainedModule
+    return {path: part for path, part in model.layers.items() if isinstance(part, kinds)}
 
 
 def _batches(rows: Sequence[Example], model: AdaptedModel) -> list[Batch]:

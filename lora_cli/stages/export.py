@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lora_cli import adapters
 from lora_cli.adapters import Method, _peft
 from lora_cli.adapters._base import AdapterLinear, replace_module
+from lora_cli.adapters._whole import TrainedModule
 from lora_cli.errors import LoraError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
@@ -126,14 +127,14 @@ def _reload_adapter(folder: Path, model: AdaptedModel, written: Method) -> tuple
     """
     live = sample_logits(model.model)
     with _unwrapped(model):
-        for path, layer in written.layers.items():
+        for path, layer in written.placed().items():
             replace_module(model.model, path, layer)
         meant = sample_logits(model.model)
-        for path, layer in written.layers.items():
+        for path, layer in written.placed().items():
             replace_module(model.model, path, layer.base)
         reloaded = adapters.load(folder, model.model)
         read = sample_logits(model.model)
-        for path, layer in reloaded.layers.items():
+        for path, layer in reloaded.placed().items():
             replace_module(model.model, path, layer.base)
     return float((read - meant).abs().max()), float((read - live).abs().max())
 
@@ -170,7 +171,7 @@ def _write_merged(
 @contextmanager
 def _unwrapped(model: AdaptedModel) -> Iterator[None]:
     """Within it the transformers model holds its plain linear layers again."""
-    layers = {path: layer for path, layer in model.layers.items() if isinstance(layer, AdapterLinear)}
+    layers = _merge_base.placed(model)
     for path, layer in layers.items():
         replace_module(model.model, path, layer.base)
     try:
@@ -181,16 +182,20 @@ def _unwrapped(model: AdaptedModel) -> Iterator[None]:
 
 
 def _untie_adapted_embeddings(model: AdaptedModel) -> None:
-    """Give an adapted output head weights of its own where it shares them with the input embedding."""
-    embedding = model.model.get_input_embeddings().weight
-    for layer in model.layers.values():
-        if (
-            isinstance(layer, AdapterLinear)
-            and dict(layer.base.named_parameters()).get("weight") is embedding
-        ):
-            assert isinstance(layer.base, nn.Linear)
-            layer.base.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
-            model.model.config.tie_word_embeddings = False
+    """Give an adapted or separately trained output head weights of its own where it shares the input embedding's."""
+    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    shared = _original_weight(embedding)
+    if head is None or _original_weight(head) is not shared:
+        return
+    if isinstance(head, AdapterLinear):
+        head.base.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    # Merging a TrainedModule parts them.
+    if isinstance(head, AdapterLinear) or head.weight is not embedding.weight:
+        model.model.config.tie_word_embeddings = False
+
+
+def _original_weight(module: nn.Module) -> Any:
+    return module.base.weight if isinstance(module, AdapterLinear | TrainedModule) else module.weight
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def run(
     )
     if layers and experts:
         log(f"model: {experts:,} of its parameters are experts held in 3-D tensors; they get no adapter")
-    return AdaptedModel(model, layers, frozen_copy), method
+    return AdaptedModel(model, method.placed(), frozen_copy), method
 
 
 def check_rows_fit(model: PreTrainedModel, prepared: Prepared, *, max_generated: int) -> None:

@@ -72,6 +72,9 @@ def train(model: PreTrainedModel, method: Method, rate: float = 1e-2) -> None:
         for batch in objective.micro_batches(adapted, rows, Progress(step, STEPS), tokens=128):
             loss, _ = objective.loss_sum(adapted, batch)
             loss.backward()
+        penalty = method.penalty()
+        if penalty is not None:
+            penalty.backward()
         optimizer.step(rate * method.schedule_factor(step))
         method.after_step(optimizer, Progress(step, STEPS))
         optimizer.zero_grad()
