@@ -13,6 +13,7 @@ import typer
 
 from lora_cli.cli.arguments import AtLeast, AtMost, Overrides, read_recipe
 from lora_cli.cli.exits import run_folder
+from lora_cli.errors import InputError
 
 if TYPE_CHECKING:
     from lora_cli.recipe.gates import Gate
@@ -29,18 +30,35 @@ Target = Annotated[
 
 
 def read_target(
-    target: Path, overrides: Sequence[str], at_least: Sequence[str] = (), at_most: Sequence[str] = ()
+    target: Path,
+    overrides: Sequence[str],
+    at_least: Sequence[str] = (),
+    at_most: Sequence[str] = (),
+    *,
+    blocks: Sequence[str],
 ) -> tuple[Recipe, tuple[Gate, ...]]:
     """Return the recipe of a run, or the defaults for an adapter or model, with overrides; and the gates.
 
+    `blocks` are the blocks of the recipe that the command reads; an override elsewhere would have no effect.
+
     Raises:
-        InputError: there is no such folder, or the recipe or an option is bad.
+        InputError: there is no such folder, the recipe or an option is bad, or an override has no effect.
     """
     from lora_cli.preflight import kind_of
 
-    is_run = kind_of(target) == "run"
+    kind = kind_of(target)
+    is_run = kind == "run"
     if is_run:
         run_folder.set(target)
+    unread = {"adapter", "objective", "train", "evaluate", "export"} - set(blocks)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key.partition(".")[0] in unread:
+            raise InputError(f"override {override}: has no effect here (only {', '.join(blocks)} keys have)")
+        if key == "model.base" and kind == "model":
+            raise InputError(
+                f"override {override}: has no effect, {target} is the model itself (leave it out)"
+            )
     return read_recipe(target / "recipe.yaml" if is_run else None, overrides, at_least, at_most)
 
 
@@ -54,7 +72,8 @@ def evaluate(
     ] = False,
 ) -> None:
     """Score a run, an adapter or a model on the rows of data.eval, beside its base."""
-    recipe, gates = read_target(target, overrides or (), at_least or (), at_most or ())
+    blocks = ("model", "data", "objective", "evaluate", "run")
+    recipe, gates = read_target(target, overrides or (), at_least or (), at_most or (), blocks=blocks)
     from lora_cli import preflight
 
     preflight.check_evaluation(target, recipe)
@@ -65,6 +84,5 @@ def evaluate(
         scores = pipeline.evaluate(target, recipe)
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
-    check_gates(
-        gates, scores["tuned"]
-    )  # here, not in the pipeline: the scores are printed even if one misses
+    # Here, not in the pipeline: the scores are printed even if one misses.
+    check_gates(gates, scores["tuned"])

@@ -31,7 +31,7 @@ def merge(
     ] = None,
 ) -> None:
     """Write a plain model: the base with the update of a run or adapter in its weights."""
-    recipe, _ = read_target(target, overrides or ())
+    recipe, _ = read_target(target, overrides or (), blocks=("model", "data", "export", "run"))
     from lora_cli import preflight
 
     preflight.check_merge(target, output, recipe)

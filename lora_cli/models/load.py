@@ -133,7 +133,12 @@ def load_model(
             raise InputError(
                 f"{folder}: {len(names)} weights are {problem.removesuffix('_keys')}, first {names[0]}"
             )
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    for parameter in model.parameters():
+        # What was loaded on a CPU is a view of the mapped file: rewriting the file would change a running training.
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def fastest_attention(device: torch.device, max_length: int) -> str | None:

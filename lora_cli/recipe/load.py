@@ -34,6 +34,10 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """
     problems: list[str] = []
     tree = MappingNode("recipe") if path is None else read_file(path, problems)
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    problems += [
+        f"override {key}: is given twice (leave one out)" for key in set(keys) if keys.count(key) > 1
+    ]
     for override in overrides:
         _override(tree, override, problems)
     draft = _Draft()

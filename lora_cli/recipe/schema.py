@@ -59,7 +59,8 @@ class Data(Section):
     """Where rows come from and how they become tokens."""
 
     train: str | None = None
-    """Training rows: a .jsonl, .json, .csv, .parquet or .txt file, or a hub data set id. Required to train."""
+    """Training rows: a .jsonl, .json, .csv, .parquet or .txt file, or a hub data set id
+    (`owner/name`, or `owner/name:configuration`). Required to train."""
     eval: str | None = None
     """Held-out rows, same choices. null: no held-out evaluation."""
     train_split: str = "train"

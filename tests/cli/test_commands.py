@@ -229,3 +229,23 @@ def test_help_version_and_schema_are_printed(folder: Path, capsys: pytest.Captur
     shown = run_here(capsys, "lora", "recipe", "show", "r.yaml", "run.seed=7").output
     (folder / "resolved.yaml").write_text(shown)
     assert load_recipe(folder / "resolved.yaml").run.seed == 7
+
+
+def test_an_override_without_effect_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """lora-eval and lora-merge name an override that they would not read; nothing asked for is skipped silently."""
+    (folder / "run").mkdir()
+    (folder / "run" / "recipe.yaml").write_text(f"{MARK}\n" + GOOD)
+    for arguments in (
+        ("eval", "run", "adapter.rank=9"),
+        ("merge", "run", "--output", "m", "evaluate.metrics=[loss]"),
+    ):
+        result = run_here(capsys, *arguments)
+        assert result.code == 2
+        assert "has no effect here" in result.errors
+
+
+def test_an_override_given_twice_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same key twice on the command line is as ambiguous as in the file."""
+    result = run_here(capsys, "train", "r.yaml", "train.epochs=1", "train.epochs=2", "--check")
+    assert result.code == 2
+    assert "override train.epochs: is given twice" in result.errors
