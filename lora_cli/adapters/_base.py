@@ -64,7 +64,9 @@ class AdapterLinear(nn.Module, ABC):
         if not self.enabled or self.merged:
             return y
         y = self.adapt(x, y)
-        return y if self.bias is None else y + (self.bias - self.base.bias.float()).to(y.dtype)
+        if self.bias is None or self.base.bias is None:
+            return y
+        return y + (self.bias - self.base.bias.float()).to(y.dtype)
 
     def train_bias(self) -> bool:
         """Train a copy of the base's bias, and return whether it has one."""

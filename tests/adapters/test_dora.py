@@ -16,18 +16,18 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli import adapters
 from lora_cli.adapters import _peft
+from lora_cli.adapters._base import BaseLinear
 from lora_cli.adapters.dora import Dora, DoraLinear
 from lora_cli.adapters.lora import Lora
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
+from lora_cli.models.nf4 import Quantization, QuantizedLinear
 from lora_cli.objectives.sft import Sft
 from lora_cli.runtime.optim import MasterAdamW
 from lora_cli.types import Progress
 
 
-def random_layer(
-    base: nn.Linear | Conv1D | None = None, *, dropout: float = 0.0, std: float = 0.3
-) -> DoraLinear:
+def random_layer(base: BaseLinear | None = None, *, dropout: float = 0.0, std: float = 0.3) -> DoraLinear:
     """Return a layer with an update and lengths that differ from the norms."""
     torch.manual_seed(0)
     layer = DoraLinear(base or nn.Linear(12, 9), rank=3, alpha=6.0, dropout=dropout)
@@ -92,6 +92,21 @@ def test_the_norm_is_that_of_the_whole_matrix(base: nn.Linear | Conv1D) -> None:
     """The norm by its three terms equals the whole matrix' in float64 to 1e-6, over several blocks of rows."""
     layer = random_layer(base)
     torch.testing.assert_close(layer.row_norm().double(), direct_norm(layer), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("form", ["full", "dequantized"])
+def test_another_base_has_another_norm(form: str) -> None:
+    """Placed around a dense base, as an export does, a layer of an NF4 base takes the new base's norm, and back."""
+    original = nn.Linear(64, 48)
+    packed = QuantizedLinear.of(original, Quantization("nf4"))
+    layer, x = random_layer(packed), torch.randn(4, 64)
+    before = layer.row_norm().clone()
+    layer.base = original if form == "full" else packed.dense()
+    torch.testing.assert_close(layer.row_norm().double(), direct_norm(layer), rtol=1e-6, atol=0.0)
+    assert torch.equal(layer.row_norm(), before) is (form == "dequantized")
+    torch.testing.assert_close(layer(x), F.linear(x, layer.merged_weight(), layer.base.bias))
+    layer.base = packed
+    assert torch.equal(layer.row_norm(), before)
 
 
 @pytest.mark.parametrize("left", [0.5, 0.32, 0.31, 1e-1, 1e-2, 1e-3, 1e-5])

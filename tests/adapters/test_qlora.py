@@ -138,7 +138,7 @@ def test_the_dequantized_merge_is_the_live_model(
     def write(target: Path, rows: int = 3, **settings: Any) -> dict[str, Any]:
         return export.run(
             {"merged": target}, AdaptedModel(model, method.layers), method, base=folder, base_name="base",
-            revision=None, stop_ids=[2], card="# card\n", settings=schema.Export(**settings),
+            revision=None, stop_ids=[2], card="# card\n", facts={}, settings=schema.Export(**settings),
             sample=make_rows(rows), log=lambda line: None,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from lora_cli.adapters.lora import Lora, LoraLinear
 from lora_cli.adapters.relora import Relora, ReloraLinear, prune, truncate
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
+from lora_cli.recipe import schema
 from lora_cli.runtime.optim import MasterAdamW
 from lora_cli.stages import export
 from lora_cli.types import Progress
@@ -238,7 +239,7 @@ def write(
     lines: list[str] = []
     differences = export.run(
         targets, AdaptedModel(model, method.layers), method, base=base, base_name="base", revision=None,
-        stop_ids=[2], card="# card\n", max_shard_bytes=10**9, log=lines.append,
+        stop_ids=[2], card="# card\n", facts={}, settings=schema.Export(), log=lines.append,
     )  # fmt: skip
     return differences, "\n".join(lines)
 

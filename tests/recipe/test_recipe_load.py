@@ -157,12 +157,12 @@ def test_a_rule_that_joins_keys_is_silent_where_one_of_them_is_at_fault(tmp_path
 
 
 def test_overrides_follow_the_recipe(tmp_path: Path) -> None:
-    """Values are YAML, later ones win, absent blocks are made, other uses of an anchor stay."""
+    """Values are YAML, they win over the file, absent blocks are made, other uses of an anchor stay."""
     path = tmp_path / "r.yaml"
     path.write_text("adapter: {rank: 4}\ntrain: &t {epochs: 2}\n")
     recipe = load_recipe(
         path,
-        ["adapter.rank=8", "train.learning_rate=1e-4", "adapter.rank=9", "train.epochs=3", "data.train=no",
+        ["train.learning_rate=1e-4", "adapter.rank=9", "train.epochs=3", "data.train=no",
          "data.fields={prompt: '{q}', completion: x}", "data.fields.completion='{a}'"],
     )  # fmt: skip
     assert isinstance(recipe.adapter, LoraAdapter)
