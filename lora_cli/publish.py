@@ -134,7 +134,11 @@ def sha256_of(path: Path) -> str:
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     files = {}
+    # safetensors makes its files readable by their owner alone; what is published has the user's usual permissions.
+    umask = os.umask(0)
+    os.umask(umask)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        path.chmod(0o666 & ~umask)
         _sync(path)
         name = path.relative_to(folder).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}

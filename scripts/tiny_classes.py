@@ -146,6 +146,29 @@ def classification(rng: random.Random) -> list[Exchange]:
     return [(f"{message}\nJSON with {', '.join(keys)}.", answer)]
 
 
+def copied_labels(rng: random.Random) -> list[Exchange]:
+    """Words as they stand behind a quote or at a line's start, to be written again or looked up.
+
+    Every word that may become a label of some later task has to be an answer here: a small model's head cannot tell
+    words apart that it never had to write, and an adapter leaves the head as it is.
+    """
+    labels = rng.sample(LABELS, rng.randint(2, 7))
+    quoted = '["' + '","'.join(labels) + '"]'
+    table = {invent_name(rng): label for label in labels}
+    text = json.dumps(table, separators=(",", ":"))
+    name = rng.choice(list(table))
+    return rng.choice(
+        [
+            [("Copy: " + "\n".join(labels), "\n".join(labels))],
+            [("JSON list: " + ", ".join(labels), quoted)],
+            [(f"Copy: {quoted}", quoted)],
+            [("\n".join(f"{key}: {label}" for key, label in table.items()) + "\nWrite this as JSON.", text)],
+            [(f"{text}\n{key}?", table[key]) for key in [name]],
+            [(f"Which of {', '.join(labels)} begins with {labels[0][:2]}?", labels[0])],
+        ]
+    )
+
+
 def groups(rng: random.Random) -> list[Exchange]:
     """Labels with the words that belong to each, and a sentence whose one word decides: rules given in the context."""
     labels = rng.sample(LABELS, rng.randint(2, 5))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from make_tickets import Row
-from tiny_classes import classification, groups
+from tiny_classes import classification, copied_labels, groups
 from tiny_instructions import INSTRUCTIONS
 from tiny_notes import extraction
 from tiny_words import (
@@ -168,8 +168,8 @@ def instruction(rng: random.Random) -> Document:
 
 
 MIXTURE: list[tuple[Callable[[random.Random], Document], float]] = [
-    (copied_list, 0.12), (copied_pairs, 0.07), (look_up, 0.08), (extraction, 0.18), (classification, 0.21),
-    (groups, 0.07), (json_document, 0.03), (story, 0.05), (letter, 0.05), (instruction, 0.14),
+    (copied_list, 0.09), (copied_labels, 0.10), (copied_pairs, 0.06), (look_up, 0.07), (extraction, 0.16),
+    (classification, 0.20), (groups, 0.08), (json_document, 0.03), (story, 0.04), (letter, 0.04), (instruction, 0.13),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,15 @@ def test_a_killed_writer_is_swept(tmp_path: Path) -> None:
     assert left[0].name.startswith(".tmp-out-")
     assert sweep(tmp_path) == left
     assert list(tmp_path.iterdir()) == []
+
+
+def test_published_files_have_the_users_permissions(tmp_path: Path) -> None:
+    """A file that was made readable by its owner alone is published with the permissions the umask gives."""
+    with published(tmp_path / "out") as staging:
+        (staging / "plain").write_text("x")
+        (staging / "private").write_text("x")
+        (staging / "private").chmod(0o600)
+    assert (tmp_path / "out" / "private").stat().st_mode == (tmp_path / "out" / "plain").stat().st_mode
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "out" / "private").stat().st_mode & 0o777 == 0o666 & ~umask
