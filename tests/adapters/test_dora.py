@@ -282,3 +282,25 @@ def test_loss_curve_equals_pefts(architecture: str) -> None:
         theirs.step()
         theirs.zero_grad()
         assert abs(loss.item() - expected.item()) / expected.item() <= 1e-4, step
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_rslora", True),
+        ("bias", "lora_only"),
+        ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}),
+        ("layers_to_transform", [0]),
+        ("modules_to_save", ["norm"]),
+    ],
+)
+def test_loras_variants_are_refused(tmp_path: Path, key: str, value: object) -> None:
+    """What LoRA can read and DoRA does not implement is refused by name."""
+    method = Dora(rank=4, alpha=6.0, targets=["q_proj"])
+    method.inject(make_model("llama"))
+    _peft.write(tmp_path, method, base_name="base", revision=None)
+    path = tmp_path / _peft.CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=f"{key} is "):
+        adapters.load(tmp_path, make_model("llama"))
