@@ -32,6 +32,7 @@ from lora_cli.models.load import (
     load_model,
     load_tokenizer,
 )
+from lora_cli.models.nf4 import Quantization
 from lora_cli.publish import MANIFEST
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
@@ -47,7 +48,7 @@ from lora_cli.runtime.run_folder import CHECKPOINTS, RECIPE_FILE, RunFolder
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import export, inject, prepare
 from lora_cli.stages import train as train_stage
-from lora_cli.types import Prepared
+from lora_cli.types import Example, Examples, Prepared
 
 FOLDERS = {"peft": "adapter", "merged": "merged"}
 
@@ -77,7 +78,7 @@ def train(
 
         with _timed(seconds, "inject"):
             model, method = inject.run(
-                base, recipe.model.dtype, recipe.adapter, prepared,
+                base, recipe.model.dtype, recipe.adapter, prepared, quantization=_quantization(recipe),
                 total_steps=_total_steps(recipe, prepared), max_length=recipe.data.max_length,
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
                 seed=recipe.run.seed, rt=rt, log=log.line,
@@ -97,7 +98,10 @@ def train(
         with _timed(seconds, "export"):
             card = report.model_card(summary, recipe)
             targets = {form: folder.path / FOLDERS[form] for form in recipe.export_formats()}
-            differences = _export(targets, recipe, base, model, method, prepared.stop_ids, card, rt, log)
+            sample = _sample(prepared.eval or prepared.train)
+            differences = _export(
+                targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample
+            )
 
         summary = report.complete(summary, differences, seconds, rt.device)
         if rt.is_main:
@@ -119,9 +123,12 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         generated = evaluate_stage.plan(recipe.evaluate, prepared)
         attention = fastest_attention(rt.device, recipe.data.max_length)
-        model = load_model(base, dtype=DTYPES[recipe.model.dtype], device=rt.device, attention=attention)
+        dtype, quantization = DTYPES[recipe.model.dtype], _quantization(recipe)
+        model = load_model(
+            base, dtype=dtype, device=rt.device, attention=attention, quantization=quantization
+        )
         inject.check_rows_fit(model, prepared, max_generated=generated)
-        layers = _load_adapter(adapter, base, model).layers if adapter is not None else {}
+        layers = _load_adapter(adapter, base, model).placed() if adapter is not None else {}
         scores = evaluate_stage.run(
             recipe.evaluate, AdaptedModel(model, layers), objective, prepared,
             rt=rt, log=log, with_base=adapter is not None,
@@ -139,14 +146,22 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
             raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
-        model = load_model(base, dtype=DTYPES[dtype or recipe.model.dtype], device=rt.device)
+        sample = _held_out_sample(recipe, base, rt, log)
+        model = load_model(
+            base,
+            dtype=DTYPES[dtype or recipe.model.dtype],
+            device=rt.device,
+            quantization=_quantization(recipe),
+        )
         method = _load_adapter(adapter, base, model)
         _, stop_ids = settle_special_tokens(load_tokenizer(base), recipe.data.template)
         card = adapter / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, merged\n"
-        adapted = AdaptedModel(model, method.layers)
-        differences = _export({"merged": output}, recipe, base, adapted, method, stop_ids, text, rt, log)
-        return {"output": str(output), "max_logit_difference": differences["merged"]}
+        adapted = AdaptedModel(model, method.placed())
+        differences = _export(
+            {"merged": output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample
+        )
+        return {"output": str(output), "max_logit_difference": differences.pop("merged"), **differences}
 
 
 def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
@@ -243,6 +258,25 @@ def _begin(
     return step
 
 
+def _quantization(recipe: Recipe) -> Quantization | None:
+    form = recipe.quantization()
+    return None if form == "none" else Quantization(form, recipe.model.double_quant)
+
+
+def _sample(examples: Examples | None) -> list[Example]:
+    """Return the rows that a merged model of a quantized base is measured on."""
+    return [examples[row] for row in range(min(16, len(examples)))] if examples is not None else []
+
+
+def _held_out_sample(recipe: Recipe, base: Path, rt: Runtime, log: Log) -> list[Example]:
+    """Return held-out rows for a merge that is measured; none where they are not wanted or no longer there."""
+    held_out = recipe.data.eval
+    if recipe.quantization() == "none" or held_out is None or not Path(held_out).expanduser().exists():
+        return []
+    tokenizer, train_on = load_tokenizer(base), recipe.objective.train_on
+    return _sample(prepare.run(recipe.data, train_on, tokenizer, rt, log.line, need_train=False).eval)
+
+
 def _total_steps(recipe: Recipe, prepared: Prepared) -> int:
     """Return the optimizer steps of the run.
 
@@ -270,7 +304,8 @@ def _export(
     card: str,
     rt: Runtime,
     log: Log,
-) -> dict[str, float]:
+    sample: Sequence[Example],
+) -> dict[str, Any]:
     """Export in the one process that writes; return the logit difference of each format after it was read back."""
     if not rt.is_main:
         return {}
@@ -280,7 +315,7 @@ def _export(
         targets, model, method,
         base=base, base_name=str(base.resolve()) if local else recipe.model.base, revision=recipe.model.revision,
         stop_ids=stop_ids, card=card, facts={"model.base": base_fingerprint(base)},
-        max_shard_bytes=recipe.export.max_shard_bytes, log=log.line,
+        settings=recipe.export, sample=sample, log=log.line,
     )  # fmt: skip
 
 

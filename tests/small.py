@@ -15,6 +15,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from lora_cli.adapters._base import replace_module
+from lora_cli.models.nf4 import Quantization, QuantizedLinear, quantizable
 from lora_cli.types import Example
 
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -56,8 +58,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """Return a random model of the named architecture whose biases are not zero."""
+def make_model(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, quantize: str | None = None
+) -> PreTrainedModel:
+    """Return a random model of the named architecture whose biases are not zero; with `quantize` in that form."""
     torch.manual_seed(seed)
     # Made in its dtype, not cast: a cast would round the rotary frequencies, which stay float32 in a loaded model.
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=dtype)
@@ -67,6 +71,8 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
                 parameter.normal_(std=0.1)
             elif parameter.dim() > 1:
                 parameter.normal_(std=0.15)
+    for path, linear in quantizable(model).items() if quantize else ():
+        replace_module(model, path, QuantizedLinear.of(linear, Quantization(quantize or "")))
     return model.eval()
 
 

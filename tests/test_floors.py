@@ -36,6 +36,8 @@ FLOORS = {
 """First part of the name below lora_cli -> floor. Others: see SHARED."""
 SHARED = ("publish", "seeding")
 """Leaves without a floor: every floor may import them, they import only `errors`."""
+HELPERS = ("_base", "_peft", "_targets", "_whole")
+"""What every adapter method may import; `_NAME_*` belongs to the method NAME alone."""
 TORCH_FREE = ("recipe", "errors", "preflight", "cli")
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "safetensors", "accelerate")
 
@@ -110,13 +112,15 @@ def test_stages_do_not_import_each_other(module: str) -> None:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("lora_cli.adapters.")])
 def test_a_method_imports_at_most_one_other_method(module: str) -> None:
-    """A method knows `_base`, `_peft` and at most one method that it builds on; helpers know none."""
+    """A method knows the shared helpers, those named after it, and at most one other method; helpers know none."""
     inside = {name for name in imports(module) if name.startswith("lora_cli.adapters.")}
     methods = {name for name in inside if not name.rpartition(".")[2].startswith("_")}
     if module.rpartition(".")[2].startswith("_"):
         assert methods == set() or module.endswith("._peft"), f"{module} imports the method {methods}"
     else:
-        assert inside - methods <= {"lora_cli.adapters._base", "lora_cli.adapters._peft"}
+        own = module.replace("adapters.", "adapters._") + "_"
+        others = {name for name in inside - methods if not name.startswith(own)}
+        assert others <= {f"lora_cli.adapters.{name}" for name in HELPERS}
         assert len(methods) <= 1
 
 

@@ -118,7 +118,22 @@ def test_the_same_recipe_gives_the_same_bits(job: Run, tmp_path: Path) -> None:
     assert not all(torch.equal(value, c[key]) for key, value in a.items())
 
 
-@pytest.mark.parametrize("method", [{"method": "lora", "rank": 4, "dropout": 0.1}, {"method": "full"}])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "lora", "rank": 4, "dropout": 0.1},
+        {"method": "lora", "rank": 4, "init": "pissa", "scaling": "rslora", "plus_ratio": 4.0},
+        {"method": "lora", "init": "orthogonal", "freeze_a": True, "rank_pattern": {"q_proj": 2}},
+        {"method": "lora", "rank": 4, "train_also": ["norm", "lm_head"]},
+        {"method": "dora", "rank": 4, "dropout": 0.1},
+        {"method": "vera", "rank": 16, "dropout": 0.1},
+        {"method": "vera", "rank": 16, "save_projection": False},
+        # stopped exactly at a restart, and in the middle of a cycle
+        {"method": "relora", "rank": 4, "dropout": 0.1, "restart_every": 2, "restart_warmup": 1},
+        {"method": "relora", "rank": 4, "dropout": 0.1, "restart_every": 3, "reset": "random"},
+        {"method": "full"},
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(job: Run, tmp_path: Path, method: dict[str, Any]) -> None:
     """A run that stopped after 4 of 10 steps and continued has the adapter and metrics of one that did not."""
     changes: dict[str, Any] = {"adapter": method, "model__dtype": "bfloat16"}
@@ -127,9 +142,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(job: Run, tmp_path: Path, met
     job("parts", **changes, train__max_steps=4)
     (tmp_path / "parts" / "run" / "summary.json").unlink()
     job("parts", resume=True, **changes)
-    files = (
-        ["adapter/adapter_model.safetensors"] if method["method"] == "lora" else ["merged/model.safetensors"]
-    )
+    files = [
+        "merged/model.safetensors" if method["method"] == "full" else "adapter/adapter_model.safetensors"
+    ]
     for name in files:
         straight, parts = (load_file(tmp_path / run / "run" / name) for run in ("straight", "parts"))
         assert all(torch.equal(value, parts[key]) for key, value in straight.items())
@@ -143,11 +158,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(job: Run, tmp_path: Path, met
     assert losses[0] == losses[1]
 
 
-def test_best_weights_are_kept(job: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [{"method": "lora"}, {"method": "relora", "rank": 4, "restart_every": 1}],
+    ids=["lora", "relora"],
+)
+def test_best_weights_are_kept(job: Run, tmp_path: Path, method: dict[str, Any]) -> None:
     """With early stopping the run ends after `patience` evaluations without a better loss, and exports the best."""
     summary = job(
         train__eval_every=1, train__early_stopping=2, train__learning_rate=1.0, train__schedule="constant",
-        train__epochs=20, train__keep_checkpoints=1,
+        train__epochs=20, train__keep_checkpoints=1, adapter=method,
     )  # fmt: skip
     run = tmp_path / "job" / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -219,6 +239,10 @@ def test_gates(job: Run, tmp_path: Path, base: Path) -> None:
         ({"data__fields": {"prompt": "{question}", "completion": "{completion}"}}, "question"),
         ({"data__format": "alpaca"}, "instruction"),
         ({"adapter": {"method": "full", "parameters": "encoder.*"}}, "matches no parameter"),
+        (
+            {"adapter": {"method": "vera", "rank": 65}},
+            "adapter.rank: found 65, but the target layers have at most 64",
+        ),
     ],
 )
 def test_bad_input_leaves_nothing(

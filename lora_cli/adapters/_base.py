@@ -1,4 +1,4 @@
-"""What every adapter method shares: the wrapped linear layer, merging, and the choice of layers.
+"""What every adapter method shares: the wrapped linear layer, merging, and what a method may do.
 
     before                      after
     q_proj: nn.Linear           q_proj: AdapterLinear
@@ -6,13 +6,12 @@
                                   .lora_A, .lora_B, ...: float32, trained
 
 Shapes: `in`, `out` are the layer's features; weights are (out, in) whatever the base stores (GPT-2's Conv1D stores
-(in, out)).
+(in, out), a QuantizedLinear packed codes).
 """
 
 from __future__ import annotations
 
-import difflib
-import re
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
@@ -22,31 +21,37 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.errors import InputError
+from lora_cli.adapters._targets import BASE_LINEARS, match_targets, short_names
+from lora_cli.adapters._targets import BaseLinear as BaseLinear
+from lora_cli.adapters._whole import TrainedModule
+from lora_cli.models.nf4 import QuantizedLinear
 from lora_cli.types import Progress
-
-BASE_LINEARS = (nn.Linear, Conv1D)
-
-# Path components that name a block of each kind, in the transformers model code of the decoder families.
-GROUPS = {
-    "attention": {"self_attn", "attn", "attention", "self_attention"},
-    "mlp": {"mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1", "fc2"},
-}
 
 
 class AdapterLinear(nn.Module, ABC):
     """A frozen linear layer with an update beside it: (..., in) -> (..., out)."""
 
-    base: nn.Linear | Conv1D
+    base: BaseLinear
 
-    def __init__(self, base: nn.Linear | Conv1D) -> None:
+    def __init__(self, base: BaseLinear) -> None:
         super().__init__()
         self.base = base
         self.enabled = True
         """False: the layer computes exactly what the base does."""
-        self._unmerged: Tensor | None = None
-        transposed = isinstance(base, Conv1D)
-        self.in_features, self.out_features = base.weight.shape if transposed else base.weight.shape[::-1]
+        self.bias: nn.Parameter | None = None
+        """Trained in place of the base's own where `train_bias` was called, (out,) float32."""
+        self._unmerged: Tensor | tuple[QuantizedLinear] | None = None
+        """While merged: the old weight, or the quantized base, in a tuple so that it is not registered."""
+        self._unmerged_bias: Tensor | None = None
+        self.device = next(itertools.chain(base.parameters(), base.buffers())).device
+        """Where the base is, and what a method adds to it must be."""
+        self.fan_in_fan_out = isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.conv1d)
+        """PEFT's name for a base whose weight is stored (in, out) on disk."""
+        if isinstance(base, QuantizedLinear):
+            self.in_features, self.out_features = base.in_features, base.out_features
+        else:
+            sizes = base.weight.shape if self.fan_in_fan_out else base.weight.shape[::-1]
+            self.in_features, self.out_features = sizes
 
     @property
     def merged(self) -> bool:
@@ -56,7 +61,18 @@ class AdapterLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Apply base and update: (..., in) -> (..., out)."""
         y: Tensor = self.base(x)
-        return self.adapt(x, y) if self.enabled and not self.merged else y
+        if not self.enabled or self.merged:
+            return y
+        y = self.adapt(x, y)
+        if self.bias is None or self.base.bias is None:
+            return y
+        return y + (self.bias - self.base.bias.float()).to(y.dtype)
+
+    def train_bias(self) -> bool:
+        """Train a copy of the base's bias, and return whether it has one."""
+        if self.base.bias is not None:
+            self.bias = nn.Parameter(self.base.bias.detach().float().clone())
+        return self.bias is not None
 
     @abstractmethod
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
@@ -71,24 +87,51 @@ class AdapterLinear(nn.Module, ABC):
         """Return the trained tensors by their PEFT names, relative to the layer."""
 
     def base_weight(self) -> Tensor:
-        """Return the base's own weight as (out, in), in the base's dtype, without an update merged into it."""
+        """Return the base's own weight as (out, in), in the base's dtype, without an update merged into it.
+
+        Of a quantized base it is the dequantized weight, made anew at each call.
+        """
+        if isinstance(self._unmerged, tuple):
+            return self._unmerged[0].dequantized()
+        if isinstance(self.base, QuantizedLinear):
+            return self.base.dequantized()
         weight = self.base.weight if self._unmerged is None else self._unmerged
         return weight.T if isinstance(self.base, Conv1D) else weight
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the update into the base weight, rounded once to its dtype; the old weight is kept for `unmerge`."""
+        """Put the update into the base weight, rounded once to its dtype; the old weight is kept for `unmerge`.
+
+        A quantized base is replaced by a dense layer: quantized again, the weight would lose most of a small update.
+        """
         assert not self.merged
         weight = self.merged_weight()
+        if isinstance(self.base, QuantizedLinear):
+            self._unmerged, self.base = (self.base,), self.base.dense(weight)
+            if self.bias is not None:
+                # Not copied into the dense layer's bias, which is the quantized one's own.
+                self.base.bias = nn.Parameter(
+                    self.bias.detach().to(self.base.weight.dtype), requires_grad=False
+                )
+            return
         self._unmerged = self.base.weight.detach().clone()
+        if self.bias is not None:
+            self._unmerged_bias = self.base.bias.detach().clone()
+            self.base.bias.copy_(self.bias)
         self.base.weight.copy_(weight.T if isinstance(self.base, Conv1D) else weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the base weight bit for bit."""
         assert self._unmerged is not None
-        self.base.weight.copy_(self._unmerged)
-        self._unmerged = None
+        if isinstance(self._unmerged, tuple):
+            (self.base,) = self._unmerged
+        else:
+            assert not isinstance(self.base, QuantizedLinear)
+            self.base.weight.copy_(self._unmerged)
+            if self._unmerged_bias is not None:
+                self.base.bias.copy_(self._unmerged_bias)
+        self._unmerged, self._unmerged_bias = None, None
 
 
 class OptimizerState(Protocol):
@@ -119,6 +162,8 @@ class Method:
 
     def __init__(self) -> None:
         self.layers = {}
+        self.whole: dict[str, TrainedModule] = {}
+        """Modules trained in place of the base's, by path."""
         self.disk_targets: list[str] = []
         """The shortest `target_modules` that names exactly the injected layers."""
 
@@ -136,7 +181,7 @@ class Method:
             InputError: a target matches no linear layer.
         """
         model.requires_grad_(False)
-        paths = match_targets(model, self.targets, where=self.targets_key)
+        paths = self.target_paths(model)
         self.disk_targets = short_names(model, paths)
         for path in paths:
             base = model.get_submodule(path)
@@ -145,18 +190,31 @@ class Method:
             replace_module(model, path, self.layers[path])
         return self.layers
 
-    def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
+    def target_paths(self, model: PreTrainedModel) -> list[str]:
+        """Return the paths of the linear layers that get an adapter, in the model's order.
+
+        Raises:
+            InputError: a target matches no linear layer.
+        """
+        return match_targets(model, self.targets, where=self.targets_key)
+
+    def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return the initialised layer for the base at `path`."""
         raise AssertionError(f"{type(self).__name__} makes no layers")
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters the optimizer updates, `<module>.<tensor>`."""
-        return {
-            f"{path}.{name}": parameter
-            for path, layer in self.layers.items()
-            for name, parameter in layer.named_parameters(recurse=False)
+        found = {
+            id(parameter): (f"{path}.{name}", parameter)
+            for path, placed in reversed(self.placed().items())
+            for name, parameter in placed.named_parameters(recurse=False)
             if parameter.requires_grad
         }
+        return dict(reversed(found.values()))  # what tied modules share is there once, under its first name
+
+    def placed(self) -> dict[str, AdapterLinear | TrainedModule]:
+        """Return all that `inject` put into the model, by path."""
+        return {**self.layers, **self.whole}
 
     def rate_factor(self, name: str) -> float:
         """Return the factor of the learning rate for one parameter of `trainable`."""
@@ -175,6 +233,10 @@ class Method:
     def after_step(self, optimizer: OptimizerState, progress: Progress) -> None:
         """Act after the optimizer's step and before its gradients are forgotten; `progress.step` counts from 0."""
 
+    def report(self) -> list[str]:
+        """Return lines on what the method came to, to be logged after the last step."""
+        return []
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs besides the trained parameters and the optimizer's state."""
         return {}
@@ -186,6 +248,14 @@ class Method:
     def disk_config(self) -> dict[str, Any]:
         """Return the method's part of PEFT's adapter_config.json."""
         return {}
+
+    def as_peft(self) -> tuple[Method, dict[str, float]]:
+        """Return a method that PEFT's format can hold, with layers around the same bases, and what that loses.
+
+        The loss is the relative error in the Frobenius norm of each layer's update, by path; empty for a method that
+        is written as it is.
+        """
+        return self, {}
 
     def shared_disk_tensors(self) -> dict[str, Tensor]:
         """Return tensors that belong to no single layer, by their whole PEFT names."""
@@ -206,61 +276,7 @@ class Method:
         raise AssertionError(f"{cls.__name__} has no disk format")
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear layer of the model by its path, in the model's order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, BASE_LINEARS)}
-
-
-def match_targets(
-    model: PreTrainedModel, targets: str | list[str], *, where: str = "adapter.targets"
-) -> list[str]:
-    """Return the paths of the linear layers that `targets` names, in the model's order; `where` heads a message.
-
-    `all-linear` is every linear layer but the output head; `attention` and `mlp` are those inside such blocks; a list
-    holds module names matched at the end of the path; any other string is a regular expression for the whole path.
-
-    Raises:
-        InputError: a target matches no linear layer, or the regular expression is not valid.
-    """
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    linears = linear_layers(model)
-    inner = [path for path, module in linears.items() if module is not head]
-    if targets == "all-linear":
-        return _non_empty(inner, "all-linear", linears, where)
-    if isinstance(targets, list):
-        chosen: set[str] = set()
-        for target in targets:
-            found = [path for path in linears if path == target or path.endswith(f".{target}")]
-            chosen.update(_non_empty(found, target, linears, where))
-        return [path for path in linears if path in chosen]
-    if targets in GROUPS:
-        found = [path for path in inner if GROUPS[targets] & set(path.split("."))]
-        return _non_empty(found, targets, linears, where)
-    try:
-        pattern = re.compile(targets)
-    except re.error as error:
-        raise InputError(f"{where}: {targets!r} is not a regular expression ({error})") from error
-    return _non_empty([path for path in linears if pattern.fullmatch(path)], targets, linears, where)
-
-
-def short_names(model: PreTrainedModel, paths: list[str]) -> list[str]:
-    """Return the shortest target list that names exactly `paths`: module names where they do, else the paths."""
-    names = sorted({path.rpartition(".")[2] for path in paths})
-    return names if match_targets(model, names) == paths else sorted(paths)
-
-
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at `path` of the model."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
-
-
-def _non_empty(paths: list[str], target: str, linears: Mapping[str, nn.Module], where: str) -> list[str]:
-    if paths:
-        return paths
-    names = sorted({path.rpartition(".")[2] for path in linears})
-    near = difflib.get_close_matches(target, names, n=1)
-    hint = (
-        f"did you mean {near[0]}?" if near else f"its linear layers are named {', '.join(names) or 'nothing'}"
-    )
-    raise InputError(f"{where}: {target!r} matches no linear layer of the model ({hint})")

@@ -59,7 +59,11 @@ def write(folder: Path, method: Method, *, base_name: str, revision: str | None)
     }
     text = json.dumps(dict(sorted(config.items())), indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in places(method).items()}
+    # Cloned, since tied modules share a tensor, which the format does not allow.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in places(method).items()
+    }
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
 
 
@@ -67,9 +71,12 @@ def places(method: Method) -> dict[str, Tensor]:
     """Return every tensor of the injected method by its whole name on disk."""
     own = {
         f"{PREFIX}{path}.{name}": tensor
-        for path, layer in method.layers.items()
-        for name, tensor in layer.disk_tensors().items()
+        for path, placed in method.placed().items()
+        for name, tensor in placed.disk_tensors().items()
     }
+    for path, layer in method.layers.items():
+        if layer.bias is not None:
+            own[f"{PREFIX}{path}.base_layer.bias"] = layer.bias
     return own | method.shared_disk_tensors()
 
 

@@ -5,34 +5,40 @@
 A (r, in) starts Kaiming-uniform as in the authors' code (the paper says Gaussian) and B (out, r) at zero, so that
 the model is unchanged at injection. A and B are float32 and are cast to the input's dtype in the forward pass: bf16
 steps would round small updates away, bf16 products lose nothing that the base's own do not.
+
+Variants, each a key of the recipe's block: rsLoRA's scale (2312.03732), ranks and alphas by module, a choice of decoder
+layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_lora_init.py`), biases and
+whole modules trained besides (`_whole.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
-from lora_cli.adapters import _peft
-from lora_cli.adapters._base import AdapterLinear, Method
+from lora_cli.adapters import _lora_config, _lora_init, _lora_patterns, _whole
+from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method
+from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
 
 
 class LoraLinear(AdapterLinear):
     """A linear layer with a rank-r update: (..., in) -> (..., out)."""
 
-    def __init__(self, base: nn.Linear | Conv1D, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: BaseLinear, *, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False
+    ) -> None:
         super().__init__(base)
-        self.scale = alpha / rank
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)  # rslora: arXiv 2312.03732, theorem 3.2
         self.dropout = dropout
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=self.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.device))
 
     def reset(self, seed: int) -> None:
         """Draw A from U(-1/sqrt(in), 1/sqrt(in)) and set B to zero; equal on every device for equal `seed`."""
@@ -42,6 +48,12 @@ class LoraLinear(AdapterLinear):
         with torch.no_grad():
             self.lora_A.copy_(initial)
             self.lora_B.zero_()
+
+    @torch.no_grad()
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Set A (r, in) and B (out, r)."""
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the scaled update to the base's output: (..., in), (..., out) -> (..., out)."""
@@ -57,12 +69,58 @@ class LoraLinear(AdapterLinear):
         """Return A (r, in) and B (out, r) by PEFT's names."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
+    def plain_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) float32 whose product B A is the whole update, the scale in B."""
+        return self.lora_A.detach(), self.lora_B.detach() * self.scale
+
+
+class ShiftedLoraLinear(LoraLinear):
+    """A LoRA layer that starts at B0 A0 other than zero and leaves the base as it is: (..., in) -> (..., out).
+
+        h = W x + scale (B A - B0 A0) x
+
+    PiSSA and OLoRA store W - scale B0 A0 as a new base, which is not the original and is rounded to its dtype. Here the
+    original stays, and the difference is taken as (B - B0) A + B0 (A - A0), in float32 before anything is rounded: it
+    is exactly zero at the start, and a small one stays precise in bfloat16. It costs A0 and B0 in memory and products
+    of rank 2 r, and stands on disk as a plain LoRA of rank 2 r. Dropout acts on the difference alone.
+    """
+
+    initial_A: Tensor
+    initial_B: Tensor
+
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Set A (r, in) and B (out, r), and keep them as A0 and B0."""
+        super().start_from(a, b)
+        self.register_buffer("initial_A", self.lora_A.detach().clone())
+        self.register_buffer("initial_B", self.lora_B.detach().clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (2r, in) and (out, 2r), float32, whose product is B A - B0 A0."""
+        a = torch.cat([self.lora_A, self.lora_A - self.initial_A])
+        return a, torch.cat([self.lora_B - self.initial_B, self.initial_B], dim=1)
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the scaled difference to the base's output: (..., in), (..., out) -> (..., out)."""
+        a, b = self.factors()
+        h = F.linear(F.dropout(x, self.dropout, self.training), a.to(x.dtype))  # (..., 2r)
+        return y + F.linear(h * self.scale, b.to(x.dtype))
+
+    def merged_weight(self) -> Tensor:
+        """Return W + scale (B A - B0 A0), (out, in) float32."""
+        shift = self.lora_B @ self.lora_A - self.initial_B @ self.initial_A
+        return self.base_weight().float() + self.scale * shift
+
+    def disk_tensors(self) -> dict[str, Tensor]:
+        """Return a plain LoRA of twice the rank on the original base."""
+        a, b = self.factors()
+        return {"lora_A.weight": a, "lora_B.weight": b}
+
 
 class Lora(Method):
-    """LoRA on the layers that `targets` names; `alpha / rank` scales the update."""
+    """LoRA on the layers that `targets` names, in the decoder layers that `layers` names."""
 
     peft_type = "LORA"
-    disk_keys = frozenset({"r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights"})
+    disk_keys = _lora_config.KEYS
 
     def __init__(
         self,
@@ -71,57 +129,148 @@ class Lora(Method):
         alpha: float,
         dropout: float = 0.0,
         targets: str | list[str] = "all-linear",
+        layers: str | list[int] = "all",
+        scaling: str = "standard",
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        plus_ratio: float = 1.0,
+        freeze_a: bool = False,
+        init: str = "default",
+        bias: str = "none",
+        train_also: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.targets, self.seed = targets, seed
+        self.targets, self.chosen_layers, self.init, self.seed = targets, layers, init, seed
+        self.rslora, self.plus_ratio, self.freeze_a = scaling == "rslora", plus_ratio, freeze_a
+        self.rank_pattern, self.alpha_pattern = rank_pattern or {}, alpha_pattern or {}
+        self.bias, self.train_also = bias, list(train_also)
+        self.layer_names: list[str] = []
+        """Names before the number of a decoder layer; empty: any."""
+        self.strict = True
+        """False: patterns and layer indices that name nothing are passed over, as PEFT does with its own files."""
 
-    def make_layer(self, path: str, base: nn.Linear | Conv1D) -> AdapterLinear:
-        """Return a LoraLinear whose A is a function of seed and path."""
-        layer = LoraLinear(base, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
-        layer.reset(stream_seed(self.seed, "adapter", path))
+    def target_paths(self, model: PreTrainedModel) -> list[str]:
+        """Return the paths of the targets in the chosen layers.
+
+        Raises:
+            InputError: a target, layer or pattern names nothing.
+        """
+        paths = super().target_paths(model)
+        if self.chosen_layers != "all":
+            indices = self.chosen_layers
+            if self.strict:
+                count = model.config.get_text_config().num_hidden_layers
+                indices = _lora_patterns.layer_indices(indices, count, "adapter.layers")
+            paths = _lora_patterns.in_layers(paths, indices, self.layer_names)
+            _lora_patterns.require_targets(paths, self.targets, self.targets_key)
+        if self.strict:
+            _lora_patterns.require_used(self.rank_pattern, paths, "adapter.rank_pattern")
+            _lora_patterns.require_used(self.alpha_pattern, paths, "adapter.alpha_pattern")
+        return paths
+
+    def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
+        """Place the adapters, and train biases and whole modules besides where the settings say so.
+
+        Raises:
+            InputError: a target, or a module of `train_also`, names nothing, or there is no bias.
+        """
+        super().inject(model)
+        if self.bias != "none":
+            trained = [layer for layer in self.layers.values() if layer.train_bias()]
+            if self.bias == "all":
+                self.whole = _whole.wrap(
+                    model, _whole.biased(model, self.layers, "adapter.bias"), only="bias"
+                )
+            if self.strict and not (trained or self.whole):
+                raise InputError(
+                    f"adapter.bias: found {self.bias}, but no such bias is in the model (use none)"
+                )
+        if self.train_also:
+            paths = (
+                _whole.choose(model, self.train_also, self.layers, "adapter.train_also")
+                if self.strict
+                else _whole.choose_as_peft(model, self.train_also, f"{self.targets_key}, modules_to_save")
+            )
+            self.whole |= _whole.wrap(model, paths, tie=self.strict)
+        return self.layers
+
+    def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
+        """Return a LoraLinear whose start is a function of seed and path, or of the base weight."""
+        rank = _lora_patterns.value_at(self.rank_pattern, path, self.rank)
+        seed = stream_seed(self.seed, "adapter", path)
+        layer = (ShiftedLoraLinear if self.init in _lora_init.FROM_BASE else LoraLinear)(
+            base,
+            rank=rank,
+            alpha=_lora_patterns.value_at(self.alpha_pattern, path, self.alpha),
+            dropout=self.dropout,
+            rslora=self.rslora,
+        )
+        if self.init == "default":
+            layer.reset(seed)
+        else:
+            layer.start_from(
+                *_lora_init.factors(self.init, layer.base_weight(), rank, layer.scale, seed, path)
+            )
+        layer.lora_A.requires_grad_(not self.freeze_a)
         return layer
+
+    def rate_factor(self, name: str) -> float:
+        """Return LoRA+'s ratio of B's rate to A's (arXiv 2402.12354)."""
+        return self.plus_ratio if name.endswith(".lora_B") else 1.0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what is neither trained nor in the base: A where it is frozen, and a start other than zero."""
+        state: dict[str, Tensor] = {}
+        for path, layer in self.layers.items():
+            if self.freeze_a and isinstance(layer, LoraLinear):
+                state[f"{path}.lora_A"] = layer.lora_A
+            if isinstance(layer, ShiftedLoraLinear):
+                state |= {f"{path}.{name}": buffer for name, buffer in layer.named_buffers(recurse=False)}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
 
     def disk_config(self) -> dict[str, Any]:
         """Return PEFT's LoRA keys; a whole alpha is written as an integer, as older readers expect."""
+        # A start other than zero stands on disk with twice the rank, and with alpha raised to keep the scale.
+        times = 2 if self.init in _lora_init.FROM_BASE else 1
+        raised = math.sqrt(times) if self.rslora else times
+        ranks = _lora_patterns.lasting(self.rank_pattern, list(self.layers))
+        alphas = _lora_patterns.lasting(self.alpha_pattern, list(self.layers))
         return {
-            "r": self.rank,
-            "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
+            "r": self.rank * times,
+            "lora_alpha": _lora_config.whole(self.alpha * raised),
             "lora_dropout": self.dropout,
-            "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in self.layers.values()),
-            "bias": "none",
+            "fan_in_fan_out": any(layer.fan_in_fan_out for layer in self.layers.values()),
+            "bias": _lora_config.BIASES[self.bias],
             "init_lora_weights": True,
             "use_dora": False,
-            "use_rslora": False,
-            "rank_pattern": {},
-            "alpha_pattern": {},
-            "layers_to_transform": None,
+            "use_rslora": self.rslora,
+            "rank_pattern": {key: rank * times for key, rank in ranks.items()},
+            "alpha_pattern": {key: _lora_config.whole(alpha * raised) for key, alpha in alphas.items()},
+            "layers_to_transform": None,  # target_modules names exactly the adapted layers
             "layers_pattern": None,
-            "modules_to_save": None,
+            "modules_to_save": list(self.whole) if self.train_also else None,
         }
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Say whether an adapter_config.json is LoRA's and not DoRA's, which PEFT gives the same type."""
+        return super().reads(config) and config.get("use_dora") is not True
 
     @classmethod
     def from_disk_config(cls, config: Mapping[str, Any], where: str) -> Lora:
         """Return the method that an adapter_config.json describes."""
-        _peft.require(
-            where,
-            config,
-            r=("a positive integer", _peft.is_integer(config.get("r"), least=1)),
-            lora_alpha=("a positive number", _peft.is_number(config.get("lora_alpha"), above=0.0)),
-            lora_dropout=("0 to 1", _peft.is_number(config.get("lora_dropout", 0.0), below=1.0)),
-            bias=("none", config.get("bias", "none") == "none"),
-            init_lora_weights=(
-                "a start that leaves the base as it is",
-                config.get("init_lora_weights", True) in (True, False, "gaussian"),
-            ),
-        )
-        return cls(
-            rank=config["r"],
-            alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
-            targets=config["target_modules"],
-        )
+        method = cls(**_lora_config.read(config, where))
+        method.layer_names = _lora_config.layer_names(config)
+        method.strict = False
+        return method
 
 
 METHOD = Lora

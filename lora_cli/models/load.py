@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from lora_cli.errors import InputError
+from lora_cli.models.load_quantized import load_quantized
+from lora_cli.models.nf4 import Quantization
 from lora_cli.models.safety import TINY, check_model_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -93,15 +95,24 @@ def base_fingerprint(folder: Path) -> str:
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, attention: str | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Return the folder's decoder-only model in `dtype` on `device`, in evaluation mode.
 
     `attention` is transformers' name of an attention implementation; None: the one it prefers.
+    With `quantization` its linear layers, but for the output head, are stored in that form and compute in `dtype`.
 
     Raises:
-        InputError: it is not a causal language model that transformers knows, or a weight is missing or misshapen.
+        InputError: it is not a causal language model that transformers knows, a weight is missing or misshapen, or
+            it cannot be quantized as it is read.
     """
+    if quantization is not None:
+        return load_quantized(folder, quantization, dtype=dtype, device=device, attention=attention)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

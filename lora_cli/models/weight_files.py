@@ -127,6 +127,15 @@ def read_headers(path: Path) -> Tensors:
     return tensors
 
 
+def stored_names(path: Path) -> dict[str, str]:
+    """Return the name of every tensor of a model folder and the file that holds it, file by file.
+
+    Raises:
+        InputError: as `read_headers`.
+    """
+    return {tensor: name for name in _weight_files(path) for tensor in read_header(path / name)}
+
+
 def _weight_files(path: Path) -> list[str]:
     index = path / "model.safetensors.index.json"
     if index.exists():

@@ -71,6 +71,11 @@ def keys_at(path: str, variant: str | None = None) -> list[Key]:
     return [key for key in found if variant is None or key.variant in (None, variant)]
 
 
+def entry_of(mapping: Key) -> str:
+    """Return what an entry of a mapping such as `adapter.rank_pattern` must be, in words."""
+    return in_words(mapping.schema["additionalProperties"])
+
+
 def discriminators() -> dict[str, tuple[str, str]]:
     """Return the key that chooses between a block's variants, and its default: adapter -> (method, lora)."""
     found = {}
@@ -119,6 +124,8 @@ def in_words(schema: JsonSchema) -> str:
             return "a list of " + ", ".join(in_words(item) for item in schema["prefixItems"])
         case "array":
             return f"a list of {in_words(schema['items'])}" if "items" in schema else "a list"
+        case "object" if isinstance(entry := schema.get("additionalProperties"), dict):
+            return f"a mapping of names to {in_words(entry).removeprefix('an ').removeprefix('a ')}"
     names = ", ".join(_resolve(schema).get("properties", {}))
     return f"a block of keys: {names}" if names else "a block of keys"
 

@@ -211,6 +211,8 @@ def _expected(draft: _Draft, path: Path_) -> str:
     if discriminator and path[1:] == (discriminator[0],):
         return "one of " + ", ".join(keys.variants(path[0]))
     found = keys.keys_at(name, _variant(draft, path)) or keys.keys_at(name)
+    if not found:  # an entry of a mapping, whose names are the user's own
+        return keys.entry_of(keys.keys_at(".".join(path[:-1]), _variant(draft, path))[0])
     return found[0].expected
 
 
@@ -233,7 +235,7 @@ def _unknown(draft: _Draft, path: Path_) -> str:
     chosen = f"{path[0]}.{discriminator} {_variant(draft, path)}"
     if place.startswith("override "):
         chosen += f", chosen by {place.partition(': ')[0]}"
-    return f"is a key of {' and '.join(owners)}, not of {chosen} (remove one of the two)"
+    return f"is a key of {', '.join(owners)}, not of {chosen} (remove one of the two)"
 
 
 def _wrong(draft: _Draft, path: Path_) -> str:

@@ -4,32 +4,27 @@ The JSON Schema for editors, `lora recipe explain` and the did-you-mean of error
 A key exists only if some code reads it. Rules that join keys live in the `conflicts` of their section, or of `Recipe`
 where they join two sections. They yield instead of raising, so that one pass reports all of them.
 
-An adapter method or objective is added as one block here, joined to the union `Adapter` or `Objective`.
+An objective is added as one block here, joined to the union `Objective`; an adapter method in `adapter_blocks.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
+from lora_cli.recipe.adapter_blocks import AdaLoraAdapter as AdaLoraAdapter
+from lora_cli.recipe.adapter_blocks import Adapter as Adapter
+from lora_cli.recipe.adapter_blocks import DoraAdapter as DoraAdapter
+from lora_cli.recipe.adapter_blocks import FullAdapter as FullAdapter
+from lora_cli.recipe.adapter_blocks import LoraAdapter as LoraAdapter
+from lora_cli.recipe.adapter_blocks import QloraAdapter as QloraAdapter
+from lora_cli.recipe.adapter_blocks import ReloraAdapter as ReloraAdapter
+from lora_cli.recipe.adapter_blocks import VeraAdapter as VeraAdapter
 from lora_cli.recipe.section import Conflict as Conflict
+from lora_cli.recipe.section import Fraction, NonNegativeInt, PositiveInt
 from lora_cli.recipe.section import Section as Section
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
-
-def _regex_fault(pattern: str) -> str | None:
-    """Return what is wrong with a regular expression, or None."""
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        return f"{pattern!r} is not a regular expression: {error}"
-    return None
 
 
 class Model(Section):
@@ -41,6 +36,12 @@ class Model(Section):
     """Branch, tag or commit of a hub id. null: the default branch. Not for local folders."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the base weights and of the computation. Trained weights are kept in float32 either way."""
+    quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
+    """How the linear layers of the base are stored, all but the output head. nf4, fp4: 4 bits a weight. int8: 8 bits.
+    They compute in `dtype`. none: as they are. auto: nf4 with the method qlora, else none."""
+    double_quant: bool = True
+    """Store the scales of a quantized base in 8 bits too: 4.13 bits a weight in place of 4.5. Means nothing where
+    the base is not quantized."""
 
 
 class Fields(Section):
@@ -90,47 +91,6 @@ class Data(Section):
                 f"found {self.format}, but data.fields already says how to read a row (remove one of them)"
             )
             yield Conflict("data.format", message, reads=("data.fields",))
-
-
-class LoraAdapter(Section):
-    """Low-rank adapters beside frozen linear layers (arXiv 2106.09685)."""
-
-    method: Literal["lora"] = "lora"
-    """Which method adapts the model."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank r of the update B A. Parameters grow linearly with it."""
-    alpha: Annotated[float, Field(gt=0, le=1_000_000)] = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability of zeroing an input of the adapter while training."""
-    targets: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear` (all linear layers but the output head;
-    experts held in 3-D tensors are none), `attention`, `mlp`, a list of module names
-    (`[q_proj, v_proj]`, matched at the end of the path), or a regular expression that matches the whole path."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield a list of targets that names nothing, or an expression that does not compile."""
-        if not self.targets:
-            yield Conflict("adapter.targets", "found nothing (name at least one layer, or write all-linear)")
-        elif isinstance(self.targets, str) and (fault := _regex_fault(self.targets)):
-            yield Conflict("adapter.targets", fault)
-
-
-class FullAdapter(Section):
-    """Full fine-tuning: no adapter, the model's own weights are trained."""
-
-    method: Literal["full"] = "full"
-    """Which method adapts the model."""
-    parameters: str = "all"
-    """`all`, or a regular expression that matches the whole name of each parameter to train."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield an expression that does not compile."""
-        if fault := _regex_fault(self.parameters):
-            yield Conflict("adapter.parameters", fault)
-
-
-Adapter = Annotated[LoraAdapter | FullAdapter, Field(discriminator="method")]
 
 
 class SftObjective(Section):
@@ -239,6 +199,12 @@ class Export(Section):
     weights. null: peft, or merged for full fine-tuning."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
     """Largest weight file of a merged model, in bytes."""
+    merge_base: Literal["auto", "full", "dequantized"] = "auto"
+    """What the update of a quantized base is merged into. full: the base as it is on disk. dequantized: the weights it
+    was trained on. auto: both are measured against the live model on sample rows, and the nearer is taken."""
+    max_merge_kl: Annotated[float, Field(ge=0.0)] | None = None
+    """Refuse a merged model of a quantized base whose mean KL divergence from the live model on the sample rows, in
+    nats a token, is above this. null: it is only stated."""
 
 
 class Run(Section):
@@ -272,6 +238,7 @@ class Recipe(Section):
         if isinstance(self.adapter, FullAdapter) and "peft" in self.export_formats():
             message = "found peft, but full fine-tuning has no adapter to write (use merged)"
             yield Conflict("export.formats", message, reads=("adapter.method",))
+        yield from self._quantization_conflicts()
         if self.data.eval is None and self.train.eval_every is not None:
             message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"
             yield Conflict("train.eval_every", message, reads=("data.eval",))
@@ -289,6 +256,23 @@ class Recipe(Section):
                 )
                 yield Conflict("evaluate.metrics", message, reads=("objective.train_on",))
 
+    def _quantization_conflicts(self) -> Iterator[Conflict]:
+        form, reads = self.model.quantize, ("adapter.method",)
+        if isinstance(self.adapter, FullAdapter) and form not in ("auto", "none"):
+            message = (
+                f"found {form}, but full fine-tuning trains the weights themselves, and a step is far smaller than"
+                " the distance between two such values (use none, or a method with an adapter)"
+            )
+            yield Conflict("model.quantize", message, reads)
+        if isinstance(self.adapter, QloraAdapter) and form == "none":
+            message = "found none, but qlora is LoRA on a quantized base (use nf4, or adapter.method: lora)"
+            yield Conflict("model.quantize", message, reads)
+        if self.quantization() == "none":
+            for key in ("merge_base", "max_merge_kl"):
+                if (value := getattr(self.export, key)) not in ("auto", None):
+                    message = f"found {value}, but the base is not quantized (remove the key, or set model.quantize)"
+                    yield Conflict(f"export.{key}", message, ("model.quantize", *reads))
+
     def at(self, key: str) -> str:
         """Return `file:line:column: key` where the key was written, `key` alone where it is a default."""
         return f"{self._places[key]}: {key}" if key in self._places else key
@@ -298,6 +282,12 @@ class Recipe(Section):
         if self.export.formats is not None:
             return list(self.export.formats)
         return ["merged"] if isinstance(self.adapter, FullAdapter) else ["peft"]
+
+    def quantization(self) -> str:
+        """Return how the base's linear layers are stored, with the default for the method filled in."""
+        if self.model.quantize != "auto":
+            return self.model.quantize
+        return "nf4" if isinstance(self.adapter, QloraAdapter) else "none"
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain YAML values with every default written out."""

@@ -19,6 +19,10 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
         "model_path", "checkpoint_dir", "base_model_name_or_path",
     ),
     "model.dtype": ("torch_dtype", "bf16", "fp16", "precision", "mixed_precision"),
+    "model.quantize": (
+        "load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "quant_type", "bnb_4bit_quant_type",
+    ),
+    "model.double_quant": ("bnb_4bit_use_double_quant", "use_double_quant", "double_quantization"),
     "data.train": (
         "dataset", "datasets", "train_file", "train_data", "data_path", "dataset_path", "dataset_name",
         "data_files", "train_dataset", "training_data",
@@ -34,6 +38,11 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "adapter.rank": ("r", "lora_r", "lora_rank"),
     "adapter.alpha": ("lora_alpha",),
     "adapter.dropout": ("lora_dropout",),
+    "adapter.train_also": ("modules_to_save", "lora_modules_to_save", "additional_target", "unfrozen_parameters"),
+    "adapter.init": ("init_lora_weights", "peft_init_lora_weights", "init_method"),
+    "adapter.layers": ("layers_to_transform", "lora_layers_to_transform", "num_layers", "lora_layers"),
+    "adapter.scaling": ("use_rslora", "rslora", "peft_use_rslora"),
+    "adapter.plus_ratio": ("loraplus_lr_ratio", "loraplus_ratio"),
     "adapter.targets": ("target_modules", "lora_target_modules", "lora_target", "lora_attn_modules"),
     "objective.name": ("stage", "loss_type", "trainer_type", "task"),
     "objective.train_on": ("train_on_inputs", "train_on_input", "train_on_prompt", "completion_only_loss"),

@@ -73,6 +73,8 @@ class MasterAdamW:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate * group["rate_factor"]
         self._adamw.step()
+        # The fused kernel leaves the version counters as they were; what is computed from a weight is kept by them.
+        torch.autograd.graph.increment_version(list(self.masters.values()))
         for name, parameter in self.parameters.items():
             if parameter is not self.masters[name]:
                 parameter.copy_(self.masters[name])

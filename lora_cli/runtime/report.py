@@ -53,9 +53,10 @@ def summarize(
 
 
 def complete(
-    summary: dict[str, Any], export: dict[str, float], seconds: dict[str, float], device: torch.device
+    summary: dict[str, Any], export: dict[str, Any], seconds: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
-    """Return the summary of a finished run; `export` holds the logit difference of each exported format."""
+    """Return the summary of a finished run; `export` holds the logit difference of each exported format, and
+    what a merge was measured to."""
     return summary | {
         "status": "done",
         "export": export,

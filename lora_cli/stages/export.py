@@ -20,13 +20,18 @@ from transformers import GenerationConfig, PreTrainedModel
 from lora_cli import adapters
 from lora_cli.adapters import Method, _peft
 from lora_cli.adapters._base import AdapterLinear, replace_module
+from lora_cli.adapters._whole import TrainedModule
 from lora_cli.errors import LoraError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
+from lora_cli.models.nf4 import quantized_layers
 from lora_cli.publish import published
+from lora_cli.recipe.schema import Export
+from lora_cli.stages import _merge_base
+from lora_cli.types import Example
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Largest logit difference, absolute, between what was written and the live model."""
+"""Largest logit difference, absolute, between what was meant to be written and what was read back."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -52,27 +57,42 @@ def run(
     stop_ids: Sequence[int],
     card: str,
     facts: Mapping[str, str],
-    max_shard_bytes: int,
+    settings: Export,
+    sample: Sequence[Example] = (),
     log: Callable[[str], None],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
-    `card` is the model card's text, `facts` join the manifest. The tokenizer's files come from `base`, byte for byte.
+    A method that PEFT cannot hold is written as one that it can, and how far that is from it is logged and said in the
+    model card. `card` is the model card's text, `facts` join the manifest. The tokenizer's files come from `base`, byte
+    for byte. On the rows of `sample` it is measured what a quantized base is best merged into; the figures are returned
+    as `merge_base`.
 
     Raises:
         InputError: a target exists.
-        LoraError: what was read back differs from the live model by more than LIMITS; nothing is published.
+        GateError: a merged model of a quantized base is farther from the live one than the recipe allows.
+        LoraError: what was read back differs from what was meant by more than LIMITS; nothing is published.
     """
-    differences = {}
+    differences: dict[str, Any] = {}
     for form, target in targets.items():
+        note = ""
         with published(target, facts=dict(facts)) as staging:
             if form == "peft":
-                _peft.write(staging, method, base_name=base_name, revision=revision)
-                difference = _reload_adapter(staging, model)
+                written, errors = method.as_peft()
+                _peft.write(staging, written, base_name=base_name, revision=revision)
+                difference, from_live = _reload_adapter(staging, model, written)
+                if errors:
+                    note = _approximation(written, errors, from_live, model.model.dtype)
+                    log(f"export: {note}")
+            elif quantized_layers(model.model):
+                chosen, figures = _merge_base.choose(settings, model, base, sample, log)
+                differences["merge_base"] = {"chosen": chosen, **figures}
+                with _merge_base.on_dense_base(chosen, model, base) as dense:
+                    difference = _write_merged(staging, dense, settings.max_shard_bytes, log)
             else:
-                difference = _write_merged(staging, model, max_shard_bytes, log)
+                difference = _write_merged(staging, model, settings.max_shard_bytes, log)
             _check(form, difference, model.model.dtype)
-            _add_companions(staging, base, stop_ids, card)
+            _add_companions(staging, base, stop_ids, f"{card}\n{note}\n" if note else card)
         differences[form] = difference
         log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
     return differences
@@ -82,7 +102,7 @@ def _check(form: str, difference: float, dtype: torch.dtype) -> None:
     limit = LIMITS[dtype]
     if not difference <= limit:
         raise LoraError(
-            f"export.{form}: read back, its logits differ from the live model's by {difference:.2e}"
+            f"export.{form}: read back, its logits differ from what was written by {difference:.2e}"
             f" (the limit is {limit:g} in {str(dtype).removeprefix('torch.')}; nothing was published)"
         )
 
@@ -100,15 +120,33 @@ def sample_logits(model: PreTrainedModel) -> Tensor:
     return logits
 
 
-def _reload_adapter(folder: Path, model: AdaptedModel) -> float:
-    """Read the adapter as a user would, around the same frozen base; return the largest logit difference."""
+def _reload_adapter(folder: Path, model: AdaptedModel, written: Method) -> tuple[float, float]:
+    """Read the adapter as a user would, around the same frozen base.
+
+    Returns the largest logit differences to what was meant to be written, and to the live model.
+    """
     live = sample_logits(model.model)
     with _unwrapped(model):
-        reloaded = adapters.load(folder, model.model)
-        difference = float((sample_logits(model.model) - live).abs().max())
-        for path, layer in reloaded.layers.items():
+        for path, layer in written.placed().items():
+            replace_module(model.model, path, layer)
+        meant = sample_logits(model.model)
+        for path, layer in written.placed().items():
             replace_module(model.model, path, layer.base)
-    return difference
+        reloaded = adapters.load(folder, model.model)
+        read = sample_logits(model.model)
+        for path, layer in reloaded.placed().items():
+            replace_module(model.model, path, layer.base)
+    return float((read - meant).abs().max()), float((read - live).abs().max())
+
+
+def _approximation(written: Method, errors: Mapping[str, float], from_live: float, dtype: torch.dtype) -> str:
+    """Say how far an adapter is from the update it stands for; the logits' difference has rounding in it too."""
+    worst = max(errors, key=lambda path: errors[path])
+    return (
+        f"The update is written as {written.peft_type} of rank {written.disk_config()['r']}: relative error"
+        f" {sum(errors.values()) / len(errors):.1e} in the mean, {errors[worst]:.1e} at worst ({worst});"
+        f" logits, in {str(dtype).removeprefix('torch.')}, differ from the trained model's by at most {from_live:.1e}"
+    )
 
 
 def _write_merged(
@@ -117,18 +155,14 @@ def _write_merged(
     """Write the merged model, read it back, return its largest logit difference to the live merged model."""
     live = sample_logits(model.model)
     _untie_adapted_embeddings(model)
-    layers = [layer for layer in model.layers.values() if isinstance(layer, AdapterLinear)]
-    for layer in layers:
-        layer.merge()
-    merged = sample_logits(model.model)
-    with _unwrapped(model), _plain_generation(model.model):
-        model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
-    for layer in layers:
-        layer.unmerge()
+    with _merge_base.merged(model):
+        merged = sample_logits(model.model)
+        with _unwrapped(model), _plain_generation(model.model):
+            model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     # Another exact attention rounds differently in bfloat16; it is the weights that are compared here.
     attention = model.model.config._attn_implementation
     reread = load_model(folder, dtype=model.model.dtype, device=model.device, attention=attention)
-    if layers:
+    if model.layers:
         rounding = float((merged - live).abs().max())
         log(f"merge: rounding the update into {model.model.dtype} moves a logit by at most {rounding:.1e}")
     return float((sample_logits(reread) - merged).abs().max())
@@ -137,7 +171,7 @@ def _write_merged(
 @contextmanager
 def _unwrapped(model: AdaptedModel) -> Iterator[None]:
     """Within it the transformers model holds its plain linear layers again."""
-    layers = {path: layer for path, layer in model.layers.items() if isinstance(layer, AdapterLinear)}
+    layers = _merge_base.placed(model)
     for path, layer in layers.items():
         replace_module(model.model, path, layer.base)
     try:
@@ -148,12 +182,20 @@ def _unwrapped(model: AdaptedModel) -> Iterator[None]:
 
 
 def _untie_adapted_embeddings(model: AdaptedModel) -> None:
-    """Give an adapted output head weights of its own where it shares them with the input embedding."""
-    embedding = model.model.get_input_embeddings().weight
-    for layer in model.layers.values():
-        if isinstance(layer, AdapterLinear) and layer.base.weight is embedding:
-            layer.base.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
-            model.model.config.tie_word_embeddings = False
+    """Give an adapted or separately trained output head weights of its own where it shares the input embedding's."""
+    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    shared = _original_weight(embedding)
+    if head is None or _original_weight(head) is not shared:
+        return
+    if isinstance(head, AdapterLinear):
+        head.base.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    # Merging a TrainedModule parts them.
+    if isinstance(head, AdapterLinear) or head.weight is not embedding.weight:
+        model.model.config.tie_word_embeddings = False
+
+
+def _original_weight(module: nn.Module) -> Any:
+    return module.base.weight if isinstance(module, AdapterLinear | TrainedModule) else module.weight
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from lora_cli.adapters import Method
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, fastest_attention, load_model
+from lora_cli.models.nf4 import Quantization, quantized_layers
 from lora_cli.recipe.schema import Adapter
 from lora_cli.runtime.dist import Runtime
 from lora_cli.types import Prepared
@@ -29,6 +30,7 @@ def run(
     adapter: Adapter,
     prepared: Prepared,
     *,
+    quantization: Quantization | None,
     total_steps: int,
     max_length: int,
     max_generated: int,
@@ -43,10 +45,14 @@ def run(
             adapted, or a schedule of the method does not fit into `total_steps`.
     """
     attention = fastest_attention(rt.device, max_length)
-    model = load_model(folder, dtype=DTYPES[dtype], device=rt.device, attention=attention)
+    model = load_model(
+        folder, dtype=DTYPES[dtype], device=rt.device, attention=attention, quantization=quantization
+    )
     check_rows_fit(model, prepared, max_generated=max_generated)
     experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    packed = quantized_layers(model)
+    in_packed = sum(layer.in_features * layer.out_features for layer in packed.values())
+    total = in_packed + sum(parameter.numel() for parameter in model.parameters())
     method = adapters.build(adapter, seed)
     method.plan(total_steps)
     layers = method.inject(model)
@@ -57,6 +63,12 @@ def run(
     if not layers:
         frozen_copy = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     trained = sum(parameter.numel() for parameter in trainable.values())
+    if quantization is not None:
+        stored = sum(layer.weight_bytes() for layer in packed.values())
+        log(
+            f"base: {len(packed)} linear layers in {quantization.form}, {stored / 1e6:,.1f} MB for what takes"
+            f" {in_packed * DTYPES[dtype].itemsize / 1e6:,.1f} MB in {dtype}"
+        )
     log(
         f"model: {folder.name}, {total:,} parameters in {dtype} on {rt.device.type}; "
         f"{adapter.method} trains {trained:,} ({trained / total:.2%})"
@@ -64,7 +76,7 @@ def run(
     )
     if layers and experts:
         log(f"model: {experts:,} of its parameters are experts held in 3-D tensors; they get no adapter")
-    return AdaptedModel(model, layers, frozen_copy), method
+    return AdaptedModel(model, method.placed(), frozen_copy), method
 
 
 def check_rows_fit(model: PreTrainedModel, prepared: Prepared, *, max_generated: int) -> None:

@@ -81,6 +81,8 @@ def run(
     if keep_best and state.best_step is not None:
         _, extra = checkpoints.load(state.best_step, step.optimizer)
         method.load_state_dict(extra)
+    for line in method.report():
+        log.line(line)
     rate = state.tokens / state.seconds if state.seconds else 0.0
     return Trained(state.step, state.tokens, state.trained_tokens, rate, state.best_step, out_of_patience())
 

@@ -8,7 +8,7 @@ import torch
 from small import make_model, make_rows
 from torch.nn import functional as F
 
-from lora_cli.adapters._base import match_targets
+from lora_cli.adapters._targets import match_targets
 from lora_cli.adapters.lora import Lora, LoraLinear
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel

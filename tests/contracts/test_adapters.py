@@ -1,53 +1,83 @@
-"""What every adapter method must keep, over every method there is, on three kinds of linear layer."""
+"""What every adapter method must keep, over every method there is, on three kinds of linear layer, and on NF4 ones."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from small import make_model, make_rows
+from toy import write_base, write_recipe
 from transformers import PreTrainedModel
 
-from lora_cli import adapters
-from lora_cli.adapters import Method
+from lora_cli import adapters, pipeline
+from lora_cli.adapters import Method, _peft
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives.sft import Sft
 from lora_cli.recipe import schema
+from lora_cli.recipe.load import load_recipe
 from lora_cli.runtime.optim import MasterAdamW
 from lora_cli.types import Progress
 
 SETTINGS: dict[str, schema.Section] = {
     "lora": schema.LoraAdapter(rank=4, alpha=8.0),
+    "dora": schema.DoraAdapter(rank=4, alpha=8.0),
+    "vera": schema.VeraAdapter(rank=16),
+    "qlora": schema.QloraAdapter(rank=4, alpha=8.0),
     "full": schema.FullAdapter(),
+    # Pruned, but never to nothing: a layer that loses all its triplets is back at its start, as it should be.
+    "adalora": schema.AdaLoraAdapter(initial_rank=6, target_rank=5, alpha=48.0),
+    "relora": schema.ReloraAdapter(rank=4, alpha=8.0, restart_every=2),
 }
 """One block per method; a method without one fails `test_every_method_is_covered`."""
 
+CONSTANT_START = {"full", "vera"}
+"""Methods whose trained parameters start from constants or from the base, whatever the seed."""
+
 WITH_LAYERS = [name for name in sorted(SETTINGS) if name != "full"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STEPS = 3
+BASES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "nf4": {"quantize": "nf4"},
+    "nf4-bf16": {"quantize": "nf4", "dtype": torch.bfloat16},
+}
+"""How the base is made; float32 in the exact tests also as what NF4 computes in."""
+EXACT = ["fp32", "nf4"]
+ALL = [
+    (name, base) for name in sorted(SETTINGS) for base in BASES if name in WITH_LAYERS or "nf4" not in base
+]
+"""Every method on every base it can stand on: full fine-tuning has none in NF4, as the schema says."""
 
 
-def injected(
-    name: str, architecture: str, dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, Method]:
+def injected(name: str, architecture: str, base: str = "fp32") -> tuple[PreTrainedModel, Method]:
     """Return a model with the method in it."""
-    model = make_model(architecture, dtype)
+    model = make_model(architecture, **BASES[base])
     method = adapters.build(SETTINGS[name], seed=3)
+    method.plan(STEPS)
     method.inject(model)
     return model, method
 
 
-def train(model: PreTrainedModel, method: Method, steps: int = 3, rate: float = 1e-2) -> None:
+def train(model: PreTrainedModel, method: Method, rate: float = 1e-2) -> None:
     """Train a few steps the way the loop does."""
     adapted, objective = AdaptedModel(model, method.layers), Sft(pad_id=0)
     optimizer = MasterAdamW(method.trainable(model))
     rows = list(enumerate(make_rows(8)))
     model.train()
-    for step in range(steps):
-        for batch in objective.micro_batches(adapted, rows, Progress(step, steps), tokens=128):
+    for step in range(STEPS):
+        for batch in objective.micro_batches(adapted, rows, Progress(step, STEPS), tokens=128):
             loss, _ = objective.loss_sum(adapted, batch)
             loss.backward()
-        optimizer.step(rate)
+        penalty = method.penalty()
+        if penalty is not None:
+            penalty.backward()
+        optimizer.step(rate * method.schedule_factor(step))
+        method.after_step(optimizer, Progress(step, STEPS))
         optimizer.zero_grad()
     model.eval()
 
@@ -65,22 +95,22 @@ def test_every_method_is_covered() -> None:
     assert sorted(tags) == adapters.names()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", sorted(SETTINGS))
-def test_injection_changes_nothing(name: str, architecture: str, dtype: str) -> None:
+@pytest.mark.parametrize(("name", "base"), ALL)
+def test_injection_changes_nothing(name: str, architecture: str, base: str) -> None:
     """An injected model's output equals the base's bit for bit."""
-    before = logits(make_model(architecture, DTYPES[dtype]))
-    model, _ = injected(name, architecture, DTYPES[dtype])
+    before = logits(make_model(architecture, **BASES[base]))
+    model, _ = injected(name, architecture, base)
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", WITH_LAYERS)
-def test_training_leaves_the_base_alone(name: str, architecture: str, dtype: str) -> None:
+def test_training_leaves_the_base_alone(name: str, architecture: str, base: str) -> None:
     """After training every base weight is bit-equal, only the method's parameters have moved, and all of them could."""
-    base = make_model(architecture, DTYPES[dtype])
-    before = {key: value.clone() for key, value in base.state_dict().items()}
-    model, method = injected(name, architecture, DTYPES[dtype])
+    original = make_model(architecture, **BASES[base])
+    before = {key: value.clone() for key, value in original.state_dict().items()}
+    assert any(key.endswith("packed") for key in before) is base.startswith("nf4")
+    model, method = injected(name, architecture, base)
     start = {key: value.detach().clone() for key, value in method.trainable(model).items()}
     train(model, method)
     after = {key.replace(".base.", "."): value for key, value in model.state_dict().items()}
@@ -91,24 +121,25 @@ def test_training_leaves_the_base_alone(name: str, architecture: str, dtype: str
     assert {id(p) for p in model.parameters() if p.requires_grad} == trainable
 
 
+@pytest.mark.parametrize("base", EXACT)
 @pytest.mark.parametrize("name", WITH_LAYERS)
-def test_merged_equals_forward(name: str, architecture: str) -> None:
+def test_merged_equals_forward(name: str, architecture: str, base: str) -> None:
     """The merged weights compute what the adapted layers compute, to 1e-5 in fp32, with and without a bias."""
-    model, method = injected(name, architecture)
+    model, method = injected(name, architecture, base)
     train(model, method)
     live = logits(model)
-    base = logits(make_model(architecture))
-    assert float((live - base).abs().max()) > 0.01  # the update is not nothing
+    before = logits(make_model(architecture, **BASES[base]))
+    assert float((live - before).abs().max()) > 0.01  # the update is not nothing
     for layer in method.layers.values():
         layer.merge()
     assert float((logits(model) - live).abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", WITH_LAYERS)
-def test_unmerge_restores_every_bit(name: str, architecture: str, dtype: str) -> None:
+def test_unmerge_restores_every_bit(name: str, architecture: str, base: str) -> None:
     """Merging and unmerging leaves the model bit-equal."""
-    model, method = injected(name, architecture, DTYPES[dtype])
+    model, method = injected(name, architecture, base)
     train(model, method)
     live = logits(model)
     for layer in method.layers.values():
@@ -119,11 +150,11 @@ def test_unmerge_restores_every_bit(name: str, architecture: str, dtype: str) ->
     assert torch.equal(logits(model), live)
 
 
-@pytest.mark.parametrize("name", sorted(SETTINGS))
-def test_reference_is_the_base(name: str, architecture: str) -> None:
+@pytest.mark.parametrize(("name", "base"), [(name, base) for name, base in ALL if base in EXACT])
+def test_reference_is_the_base(name: str, architecture: str, base: str) -> None:
     """Inside `reference()` a trained model computes what the base did, bit for bit, and outside what it learned."""
-    before = logits(make_model(architecture))
-    model, method = injected(name, architecture)
+    before = logits(make_model(architecture, **BASES[base]))
+    model, method = injected(name, architecture, base)
     copies = {} if method.layers else {key: p.detach().clone() for key, p in method.trainable(model).items()}
     train(model, method)
     adapted, live = AdaptedModel(model, method.layers, copies), logits(model)
@@ -168,9 +199,51 @@ def test_initialisation_is_a_function_of_the_seed(name: str) -> None:
     first, second = (injected(name, "llama") for _ in range(2))
     for key, value in first[1].trainable(first[0]).items():
         assert torch.equal(value, second[1].trainable(second[0])[key])
-    if name in WITH_LAYERS:
+    if name not in CONSTANT_START:
         model = make_model("llama")
         method = adapters.build(SETTINGS[name], seed=4)
         method.inject(model)
         other = method.trainable(model)
         assert any(not torch.equal(value, other[key]) for key, value in first[1].trainable(first[0]).items())
+
+
+@pytest.mark.parametrize("name", WITH_LAYERS)
+def test_trained_on_nf4_it_opens_on_the_full_base(tmp_path: Path, name: str, architecture: str) -> None:
+    """An adapter trained on an NF4 base is read by PEFT and by us on the float32 base, with logits equal to 1e-5."""
+    model, method = injected(name, architecture, "nf4")
+    train(model, method)
+    written, _ = method.as_peft()
+    _peft.write(tmp_path, written, base_name="base", revision=None)
+    theirs = peft.PeftModel.from_pretrained(make_model(architecture), tmp_path).eval()
+    ours = make_model(architecture)
+    adapters.load(tmp_path, ours)
+    assert float((logits(ours) - logits(theirs)).abs().max()) <= 1e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", WITH_LAYERS)
+def test_on_nf4_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Continued from step 2 of 6 on an NF4 base, a run ends in the same checkpoint, bit for bit."""
+    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+    path = write_recipe(
+        tmp_path / "job", write_base(tmp_path / "base"), adapter=SETTINGS[name].model_dump(mode="json"),
+        model__quantize="nf4", train__max_steps=6, train__save_every=2, train__keep_checkpoints=9,
+    )  # fmt: skip
+    recipe, run = load_recipe(path), tmp_path / "job" / "run"
+    pipeline.train(recipe)
+    shutil.copytree(run, tmp_path / "straight")
+    for entry in run.iterdir():
+        if entry.name in ("checkpoints", "recipe.yaml", "metrics.jsonl"):
+            continue
+        entry.rename(tmp_path / f"aside-{entry.name}")
+    for step in (4, 6):
+        (run / "checkpoints" / f"step-{step}").rename(tmp_path / f"aside-{step}")
+    pipeline.train(recipe, resume=True)
+    ends = [folder / "checkpoints" / "step-6" for folder in (tmp_path / "straight", run)]
+    files = [file.name for file in ends[0].glob("*.safetensors")]
+    assert files
+    for file in files:
+        straight, resumed = (load_file(folder / file) for folder in ends)
+        assert straight.keys() == resumed.keys()
+        assert all(torch.equal(resumed[key], value) for key, value in straight.items())

@@ -107,7 +107,15 @@ def test_every_problem_is_told_in_one_pass_in_the_order_of_the_file(tmp_path: Pa
         ("train: 5", "found 5 (must be a block of keys: epochs, max_steps"),
         ("data: {fields: {prompt: x}}", "1:8: data.fields.completion: is missing (text)"),
         ("data: {fields: {prompt: x, completion: {a}}}", 'found a block, {"a": null} (must be text; put'),
-        ("adapter: {method: full, rank: 8}", "1:25: adapter.rank: is a key of lora, not of adapter"),
+        ("adapter: {method: lora, parameters: all}", "1:25: adapter.parameters: is a key of full, not of adapter"),
+        (
+            "adapter: {method: relora, restart_every: 9, restart_warmup: 9}",
+            "1:45: adapter.restart_warmup: found 9 steps, but a restart comes every 9 steps (at most 8)",
+        ),
+        (
+            "adapter: {method: relora, reset: zero, reset_fraction: 0.5}",
+            "1:40: adapter.reset_fraction: found 0.5, but reset zero zeroes everything",
+        ),
         ("adapter: {targets: '['}", "1:11: adapter.targets: '[' is not a regular expression"),
         ("adapter: {targets: []}", "1:11: adapter.targets: found nothing"),
         ("adapter: {method: full}\nexport: {formats: [peft]}", "2:10: export.formats: found peft, but full"),
@@ -149,12 +157,12 @@ def test_a_rule_that_joins_keys_is_silent_where_one_of_them_is_at_fault(tmp_path
 
 
 def test_overrides_follow_the_recipe(tmp_path: Path) -> None:
-    """Values are YAML, later ones win, absent blocks are made, other uses of an anchor stay."""
+    """Values are YAML, they win over the file, absent blocks are made, other uses of an anchor stay."""
     path = tmp_path / "r.yaml"
     path.write_text("adapter: {rank: 4}\ntrain: &t {epochs: 2}\n")
     recipe = load_recipe(
         path,
-        ["adapter.rank=8", "train.learning_rate=1e-4", "adapter.rank=9", "train.epochs=3", "data.train=no",
+        ["train.learning_rate=1e-4", "adapter.rank=9", "train.epochs=3", "data.train=no",
          "data.fields={prompt: '{q}', completion: x}", "data.fields.completion='{a}'"],
     )  # fmt: skip
     assert isinstance(recipe.adapter, LoraAdapter)
@@ -167,11 +175,11 @@ def test_overrides_follow_the_recipe(tmp_path: Path) -> None:
 
 
 def test_an_override_of_the_method_names_the_keys_it_leaves_behind(tmp_path: Path) -> None:
-    """`adapter.method=full` over a recipe with `rank` names the key in the way and the override."""
-    lines = problems_of(tmp_path, "adapter: {method: lora, rank: 8}", "adapter.method=full")
+    """`adapter.method=lora` over a recipe with `parameters` names the key in the way and the override."""
+    lines = problems_of(tmp_path, "adapter: {method: full, parameters: all}", "adapter.method=lora")
     assert lines == [
-        "1:25: adapter.rank: is a key of lora, not of adapter.method full, "
-        "chosen by override adapter.method=full (remove one of the two)"
+        "1:25: adapter.parameters: is a key of full, not of adapter.method lora, "
+        "chosen by override adapter.method=lora (remove one of the two)"
     ]
     path = tmp_path / "r.yaml"
     assert isinstance(load_recipe(path, ["adapter={method: full}"]).adapter, FullAdapter)

@@ -16,6 +16,7 @@ from lora_cli.adapters import Method
 from lora_cli.adapters.lora import Lora
 from lora_cli.errors import LoraError
 from lora_cli.models.adapted import AdaptedModel
+from lora_cli.recipe import schema
 from lora_cli.stages import export
 
 
@@ -50,7 +51,7 @@ def write(
         stop_ids=[2],
         card="# card\n",
         facts={},
-        max_shard_bytes=shard,
+        settings=schema.Export.model_construct(max_shard_bytes=shard),
         log=lambda line: None,
     )[form]
 

@@ -1,0 +1,78 @@
+"""Which linear layers of a model a recipe's `targets` names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.errors import InputError
+from lora_cli.models.nf4 import QuantizedLinear
+
+BASE_LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
+BaseLinear = nn.Linear | Conv1D | QuantizedLinear
+"""What an adapter layer stands around; its weight is `AdapterLinear.base_weight()`, whatever the kind."""
+
+# Path components that name a block of each kind, in the transformers model code of the decoder families.
+GROUPS = {
+    "attention": {"self_attn", "attn", "attention", "self_attention"},
+    "mlp": {"mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1", "fc2"},
+}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every linear layer of the model by its path, in the model's order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, BASE_LINEARS)}
+
+
+def match_targets(
+    model: PreTrainedModel, targets: str | list[str], *, where: str = "adapter.targets"
+) -> list[str]:
+    """Return the paths of the linear layers that `targets` names, in the model's order; `where` heads a message.
+
+    `all-linear` is every linear layer but the output head; `attention` and `mlp` are those inside such blocks; a list
+    holds module names matched at the end of the path; any other string is a regular expression for the whole path.
+
+    Raises:
+        InputError: a target matches no linear layer, or the regular expression is not valid.
+    """
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    linears = linear_layers(model)
+    inner = [path for path, module in linears.items() if module is not head]
+    if targets == "all-linear":
+        return _non_empty(inner, "all-linear", linears, where)
+    if isinstance(targets, list):
+        chosen: set[str] = set()
+        for target in targets:
+            found = [path for path in linears if path == target or path.endswith(f".{target}")]
+            chosen.update(_non_empty(found, target, linears, where))
+        return [path for path in linears if path in chosen]
+    if targets in GROUPS:
+        found = [path for path in inner if GROUPS[targets] & set(path.split("."))]
+        return _non_empty(found, targets, linears, where)
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise InputError(f"{where}: {targets!r} is not a regular expression ({error})") from error
+    return _non_empty([path for path in linears if pattern.fullmatch(path)], targets, linears, where)
+
+
+def short_names(model: PreTrainedModel, paths: list[str]) -> list[str]:
+    """Return the shortest target list that names exactly `paths`: module names where they do, else the paths."""
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    return names if match_targets(model, names) == paths else sorted(paths)
+
+
+def _non_empty(paths: list[str], target: str, linears: Mapping[str, nn.Module], where: str) -> list[str]:
+    if paths:
+        return paths
+    names = sorted({path.rpartition(".")[2] for path in linears})
+    near = difflib.get_close_matches(target, names, n=1)
+    hint = (
+        f"did you mean {near[0]}?" if near else f"its linear layers are named {', '.join(names) or 'nothing'}"
+    )
+    raise InputError(f"{where}: {target!r} matches no linear layer of the model ({hint})")

@@ -1,0 +1,267 @@
+"""The `adapter` block of each method, all joined in the union `Adapter`.
+
+LoRA's variants are keys of its block, off by default. A block that extends another has the same constructor behind it:
+`qlora` is LoRA, with all of its keys; what a method does not implement is no key of its block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lora_cli.recipe.section import (
+    Conflict,
+    Fraction,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    regex_fault,
+)
+
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Alpha = Annotated[float, Field(gt=0, le=1_000_000)]
+LayerIndex = Annotated[int, Field(ge=0, le=9999)]
+
+_LAYERS = re.compile(r"all|(first|last) [1-9]\d{0,3}|\d{1,4}-\d{1,4}")
+
+
+def _target_conflicts(targets: str | list[str]) -> Iterator[Conflict]:
+    """Yield a list of targets that names nothing, or an expression that does not compile."""
+    if not targets:
+        yield Conflict("adapter.targets", "found nothing (name at least one layer, or write all-linear)")
+    elif isinstance(targets, str) and (fault := regex_fault(targets)):
+        yield Conflict("adapter.targets", fault)
+
+
+class LoraAdapter(Section):
+    """Low-rank adapters beside frozen linear layers (arXiv 2106.09685)."""
+
+    method: Literal["lora"] = "lora"
+    """Which method adapts the model."""
+    rank: Rank = 16
+    """Rank r of the update B A. Parameters grow linearly with it."""
+    alpha: Alpha = 32.0
+    """The update is scaled by alpha / rank, or as `scaling` says."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of zeroing an input of the adapter while training."""
+    targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: `all-linear` (all linear layers but the output head; experts held in 3-D tensors are
+    none), `attention`, `mlp`, a list of module names (`[q_proj, v_proj]`, matched at the end of the path), or a regular
+    expression that matches the whole path."""
+    layers: str | list[LayerIndex] = "all"
+    """Decoder layers whose targets get an adapter, counted from 0: `all`, `first 8`, `last 8`, a range `4-11` (both
+    ends included), or a list `[0, 1, 15]`. Anything but all leaves out targets outside the layers, such as lm_head."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    """standard: alpha / rank. rslora: alpha / sqrt(rank), with which large ranks keep learning (arXiv 2312.03732)."""
+    rank_pattern: dict[str, Rank] = Field(default={})
+    """Other ranks for some targets, `{down_proj: 64}`. A key is a regular expression for the end of the module path,
+    from a dot on; the first that matches counts."""
+    alpha_pattern: dict[str, Alpha] = Field(default={})
+    """Other alphas for some targets, matched like rank_pattern."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """How A and B start. default: A uniform, B zero. gaussian: A normal, B zero. orthogonal: both random, B A zero.
+    pissa (arXiv 2404.02948), olora (arXiv 2406.01775): at the base weight's largest singular directions, or at its QR
+    factors; the base itself stays as it is, and the adapter is written as plain LoRA of twice the rank."""
+    plus_ratio: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
+    """LoRA+ (arXiv 2402.12354): B's learning rate is this many times train.learning_rate, which is A's. The paper
+    recommends about 16, with a lower rate for A."""
+    freeze_a: bool = False
+    """LoRA-FA (arXiv 2308.03303): A keeps its initial values and only B is trained. Half the trained parameters or
+    fewer, and no layer input has to be kept for the backward pass."""
+
+    bias: Literal["none", "adapter", "all"] = "none"
+    """Biases that are trained besides. adapter: those of the layers that have an adapter. all: every bias."""
+    train_also: list[str] = Field(default=[])
+    """Modules trained whole besides, `[norm, lm_head]`: names matched at the end of the path. Modules that share a
+    weight, as lm_head and embed_tokens do in many small models, are trained together. They are stored whole."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield every broken rule that joins keys of this block, and every expression that does not compile."""
+        yield from _target_conflicts(self.targets)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for fault in filter(None, map(regex_fault, getattr(self, name))):
+                yield Conflict(f"adapter.{name}", fault)
+        if not self.layers:
+            yield Conflict("adapter.layers", "found nothing (name at least one layer, or write all)")
+        elif isinstance(self.layers, str) and not _LAYERS.fullmatch(self.layers):
+            message = f"found {self.layers!r} (write all, first 8, last 8, 4-11, or a list of numbers)"
+            yield Conflict("adapter.layers", message)
+        elif isinstance(self.layers, str) and "-" in self.layers:
+            first, last = map(int, self.layers.split("-"))
+            if first > last:
+                yield Conflict("adapter.layers", f"found {self.layers}, which ends before it begins")
+        if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
+            message = "found orthogonal, which halves the rank (choose even ranks)"
+            yield Conflict("adapter.init", message, reads=("adapter.rank", "adapter.rank_pattern"))
+        if self.train_also and self.bias == "all":
+            message = (
+                "found modules, but adapter.bias all trains parts of them already (use bias adapter or none)"
+            )
+            yield Conflict("adapter.train_also", message, reads=("adapter.bias",))
+        if self.freeze_a and self.plus_ratio != 1.0:
+            message = (
+                f"found {self.plus_ratio}, but A has no learning rate (set train.learning_rate, which is B's)"
+            )
+            yield Conflict("adapter.plus_ratio", message, reads=("adapter.freeze_a",))
+
+
+class QloraAdapter(LoraAdapter):
+    """LoRA on a base whose linear layers are stored in 4 bits (arXiv 2305.14314)."""
+
+    method: Literal["qlora"] = "qlora"  # type: ignore[assignment]
+    """Which method adapts the model."""
+
+
+class DoraAdapter(Section):
+    """LoRA that trains the length of each weight row apart from its direction (arXiv 2402.09353)."""
+
+    method: Literal["dora"] = "dora"
+    """Which method adapts the model."""
+    rank: Rank = 16
+    """Rank r of the update B A of the direction. Parameters grow linearly with it."""
+    alpha: Alpha = 32.0
+    """The update of the direction is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of zeroing an input of the low-rank path while training; the base path sees every input."""
+    targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: `all-linear` (all linear layers but the output head; experts held in 3-D tensors are
+    none), `attention`, `mlp`, a list of module names (`[q_proj, v_proj]`, matched at the end of the path), or a regular
+    expression that matches the whole path."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield what is wrong with the targets."""
+        yield from _target_conflicts(self.targets)
+
+
+class VeraAdapter(Section):
+    """Two trained vectors a layer, between random matrices that all layers share (arXiv 2310.11454)."""
+
+    method: Literal["vera"] = "vera"
+    """Which method adapts the model."""
+    rank: Rank = 256
+    """Rank r of the shared matrices; far above LoRA's, as it costs r trained numbers a layer. At most the smaller of
+    the largest input and the largest output among the target layers."""
+    d_initial: Annotated[float, Field(gt=0, le=10.0)] = 0.1
+    """Start of the trained vector between the shared matrices. The paper's best values are 0.1 and below."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of zeroing an input of the adapter while training."""
+    targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: `all-linear` (all linear layers but the output head; experts held in 3-D tensors are
+    none), `attention`, `mlp`, a list of module names (`[q_proj, v_proj]`, matched at the end of the path), or a regular
+    expression that matches the whole path."""
+    projection_seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """The shared matrices are a function of it (PEFT's projection_prng_key), not of run.seed."""
+    save_projection: bool = True
+    """Write the shared matrices into the adapter and the checkpoints. false: smaller files, whose reader draws the
+    matrices again and depends on torch's generator."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield what is wrong with the targets."""
+        yield from _target_conflicts(self.targets)
+
+
+class AdaLoraAdapter(Section):
+    """Low-rank adapters that share one rank budget, moved while training to the layers that need it (2303.10512)."""
+
+    method: Literal["adalora"] = "adalora"
+    """Which method adapts the model."""
+    initial_rank: Rank = 12
+    """Rank of every layer at the start."""
+    target_rank: Rank = 8
+    """Mean rank at the end; a single layer may end anywhere from 0 to initial_rank."""
+    alpha: Alpha = 32.0
+    """The update is scaled by alpha / initial_rank, also after pruning."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of zeroing an input of the adapter while training."""
+    targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: `all-linear` (all linear layers but the output head; experts held in 3-D tensors are
+    none), `attention`, `mlp`, a list of module names (`[q_proj, v_proj]`, matched at the end of the path), or a regular
+    expression that matches the whole path."""
+    tinit: NonNegativeInt | None = None
+    """Last step, counted from 0, before ranks begin to fall. null: a tenth of the run."""
+    tfinal: PositiveInt | None = None
+    """Steps at the end with final ranks, the step that settles them included. null: three tenths of the run."""
+    delta_t: PositiveInt | None = None
+    """Steps between two budget updates. null: so many that there are at least 100, or one at every step."""
+    beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
+    """Decay rate of the average of a weight's sensitivity |w dL/dw|."""
+    beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
+    """Decay rate of the average of that sensitivity's uncertainty."""
+    orthogonal_weight: Annotated[float, Field(ge=0.0, le=1_000.0)] = 0.5
+    """Weight of the penalty that keeps rows of A and columns of B orthogonal; it is trained on, but is no part of a
+    reported loss. 0: none."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield ranks that would have to grow, and targets as in LoRA."""
+        if self.initial_rank < self.target_rank:
+            message = (
+                f"found {self.target_rank}, above adapter.initial_rank {self.initial_rank} (ranks only fall)"
+            )
+            yield Conflict("adapter.target_rank", message, reads=("adapter.initial_rank",))
+        yield from _target_conflicts(self.targets)
+
+
+class ReloraAdapter(Section):
+    """LoRA that is merged and restarted, so that its updates add up to a higher rank (arXiv 2307.05695)."""
+
+    method: Literal["relora"] = "relora"
+    """Which method adapts the model."""
+    rank: Rank = 16
+    """Rank of the update of one cycle; the sum over n cycles has up to n times this rank."""
+    alpha: Alpha = 32.0
+    """Each update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of zeroing an input of the adapter while training; what was merged before is not affected."""
+    targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: `all-linear` (all linear layers but the output head; experts held in 3-D tensors are
+    none), `attention`, `mlp`, a list of module names (`[q_proj, v_proj]`, matched at the end of the path), or a regular
+    expression that matches the whole path."""
+    restart_every: PositiveInt | None = None
+    """Steps from one restart to the next. null: a quarter of all steps; give a number if the run may be prolonged."""
+    restart_warmup: NonNegativeInt | None = None
+    """Steps after each restart in which the learning rate climbs back to the schedule. null: a tenth of
+    `restart_every`. The run's own warm-up is `train.warmup`."""
+    reset: Literal["magnitude", "random", "zero"] = "magnitude"
+    """What a restart does to the optimizer's moments of the adapters. magnitude: zeroes the smallest entries. random:
+    zeroes drawn entries. zero: zeroes all."""
+    reset_fraction: Fraction = 0.9
+    """Part of the moments' entries that a restart zeroes. Not used by reset zero."""
+    export_rank: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Largest rank of the exported PEFT adapter, which holds all updates in one; less than their whole rank loses
+    something, and the error is printed (`export.formats: [merged]` loses nothing). null: their whole rank."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield faults of the targets, a re-warm-up as long as a cycle, and a fraction that is not used."""
+        yield from _target_conflicts(self.targets)
+        every, warmup = self.restart_every, self.restart_warmup
+        if every is not None and warmup is not None and warmup >= every:
+            message = f"found {warmup} steps, but a restart comes every {every} steps (at most {every - 1})"
+            yield Conflict("adapter.restart_warmup", message, reads=("adapter.restart_every",))
+        if self.reset == "zero" and self.reset_fraction not in (0.9, 1.0):
+            message = (
+                f"found {self.reset_fraction}, but reset zero zeroes everything (use magnitude or random)"
+            )
+            yield Conflict("adapter.reset_fraction", message, reads=("adapter.reset",))
+
+
+class FullAdapter(Section):
+    """Full fine-tuning: no adapter, the model's own weights are trained."""
+
+    method: Literal["full"] = "full"
+    """Which method adapts the model."""
+    parameters: str = "all"
+    """`all`, or a regular expression that matches the whole name of each parameter to train."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield an expression that does not compile."""
+        if fault := regex_fault(self.parameters):
+            yield Conflict("adapter.parameters", fault)
+
+
+Adapter = Annotated[
+    LoraAdapter | QloraAdapter | DoraAdapter | VeraAdapter | AdaLoraAdapter | ReloraAdapter | FullAdapter,
+    Field(discriminator="method"),
+]

@@ -1,0 +1,129 @@
+"""LoRA's variants by name, as ours and as PEFT's, for the tests that run over all of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import peft
+import torch
+from small import make_model
+from transformers import PreTrainedModel
+
+from lora_cli import adapters
+from lora_cli.adapters import Method
+from lora_cli.recipe.schema import LoraAdapter
+
+TARGETS = {
+    "llama": ["q_proj", "down_proj"],
+    "qwen2": ["q_proj", "v_proj", "up_proj"],
+    "gpt2": ["c_attn", "c_fc"],
+}
+WORDS = {
+    "llama": {"NORM": "model.norm", "EMBED": "embed_tokens", "OTHER": "q_proj"},
+    "qwen2": {"NORM": "model.norm", "EMBED": "embed_tokens", "OTHER": "k_proj"},
+    "gpt2": {"NORM": "ln_f", "EMBED": "wte", "OTHER": "c_proj"},
+}
+for name, words in WORDS.items():
+    words["FIRST"] = TARGETS[name][0]
+
+# Settings of ours, and PEFT's for the same adapter; words in capitals stand for the architecture's own.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rslora": ({"scaling": "rslora"}, {"use_rslora": True}),
+    "patterns": (
+        {"rank_pattern": {"FIRST": 2}, "alpha_pattern": {r"\d+\..*FIRST": 3.0}},
+        {"rank_pattern": {"FIRST": 2}, "alpha_pattern": {r"\d+\..*FIRST": 3}},
+    ),
+    "patterns in another order": (
+        {"rank_pattern": {r"1\..*\.FIRST": 6, "FIRST": 2, r".*0\..*": 3}},
+        {"rank_pattern": {r"1\..*\.FIRST": 6, r"0\..*\.FIRST": 2, r"0\..*\.(?!FIRST).*": 3}},
+    ),
+    "rslora with patterns": (
+        {"scaling": "rslora", "rank_pattern": {"FIRST": 9}},
+        {"use_rslora": True, "rank_pattern": {"FIRST": 9}},
+    ),
+    "layers": ({"layers": "last 1"}, {"layers_to_transform": 1}),
+    "layers by name": (
+        {"layers": [0]},
+        {"layers_to_transform": [0], "layers_pattern": ["layers", "h"]},
+    ),
+    "frozen A": ({"freeze_a": True}, {}),
+    "gaussian": ({"init": "gaussian"}, {"init_lora_weights": "gaussian"}),
+    "orthogonal": ({"init": "orthogonal"}, {"init_lora_weights": "orthogonal"}),
+    "pissa": ({"init": "pissa"}, {"init_lora_weights": "pissa"}),
+    "pissa, frozen A": ({"init": "pissa", "freeze_a": True}, {"init_lora_weights": "pissa"}),
+    "olora": ({"init": "olora"}, {"init_lora_weights": "olora"}),
+    "olora, rslora, patterns": (
+        {"init": "olora", "scaling": "rslora", "rank_pattern": {"FIRST": 6}, "alpha_pattern": {"FIRST": 5.0}},
+        {},
+    ),
+    "bias of adapters": ({"bias": "adapter"}, {"bias": "lora_only"}),
+    "every bias": ({"bias": "all"}, {"bias": "all"}),
+    "norm": ({"train_also": ["NORM"]}, {"modules_to_save": ["NORM"]}),
+    "norm, embedding, head": (
+        {"train_also": ["NORM", "lm_head", "EMBED"]},
+        {"modules_to_save": ["NORM", "lm_head", "EMBED"]},
+    ),
+    "norm, biases": (
+        {"train_also": ["NORM"], "bias": "adapter"},
+        {"modules_to_save": ["NORM"], "bias": "lora_only"},
+    ),
+}
+FACTORS = [name for name in VARIANTS if "bias" not in name and "norm" not in name]
+CASES = [(name, kind) for name in FACTORS for kind in ("llama", "gpt2")]
+CASES += [(name, kind) for name in VARIANTS if name not in FACTORS for kind in ("qwen2", "gpt2")]
+CASES += [("pissa", "qwen2"), ("norm", "llama"), ("norm, embedding, head", "llama")]
+"""Every variant on layers that store (out, in) and (in, out); on both kinds of bias and of head besides."""
+
+
+def settings(name: str, architecture: str, whose: int) -> dict[str, Any]:
+    """Return a variant's settings, ours (0) or PEFT's (1)."""
+    text = json.dumps(VARIANTS[name][whose])
+    for word, own in WORDS[architecture].items():
+        text = text.replace(word, own)
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def ours(
+    name: str, architecture: str, dtype: torch.dtype = torch.float32, quantize: str | None = None
+) -> tuple[PreTrainedModel, Method]:
+    """Return a model with a variant in it, as a recipe would place it."""
+    block = LoraAdapter(rank=4, alpha=6.0, targets=TARGETS[architecture], **settings(name, architecture, 0))
+    model = make_model(architecture, dtype, quantize=quantize)
+    method = adapters.build(block, seed=1)
+    method.inject(model)
+    return model, method
+
+
+def base_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return what the base holds, by the names it had before injection."""
+    state = model.state_dict()
+    inner = {key.replace(".base.", "."): value for key, value in state.items() if ".base." in key}
+    return state | inner
+
+
+def theirs(name: str, architecture: str) -> torch.nn.Module:
+    """Return PEFT's model of the same variant."""
+    values: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[architecture]}
+    values |= settings(name, architecture, 1)
+    return peft.get_peft_model(make_model(architecture), peft.LoraConfig(task_type="CAUSAL_LM", **values))
+
+
+def stir(parameters: Any) -> None:
+    """Move every trained parameter, so that the update is not nothing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Return the logits of fixed tokens."""
+    return model(input_ids=torch.arange(1, 41).view(2, 20), use_cache=False).logits
+
+
+def difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    """Return the largest difference of two models' logits."""
+    return float((logits(one) - logits(other)).abs().max())
