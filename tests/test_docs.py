@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_cli.recipe.load import load_recipe
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -51,3 +53,15 @@ def test_no_path_of_a_machine_is_committed() -> None:
         ):
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"(^|[^A-Za-z0-9_.])/(work|root|home)/\w", text), name
+
+
+def test_the_recipe_explained_is_valid(tmp_path: Path) -> None:
+    """The recipe in the README loads, with the overrides that the README shows."""
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "recipe.yaml").write_text(block)
+        recipe = load_recipe(
+            tmp_path / "recipe.yaml", ["train.learning_rate=5e-4", "adapter.targets=[q_proj,v_proj]"]
+        )
+        assert recipe.train.learning_rate == 5e-4
