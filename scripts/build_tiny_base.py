@@ -6,7 +6,7 @@ function of the seed, up to the rounding of matrix products, which depends on pr
 The rows are chats of several unrelated exchanges, packed to one length so that padding costs little, and only the
 answers are trained: the questions are full of invented names, which nothing can predict.
 
-Run: python scripts/build_tiny_base.py (`--tokens 200000 --output /tmp/tiny` to try it out)
+Run: python scripts/build_tiny_base.py (`--tokens 200000 --output runs/tiny` to try it out)
 """
 
 from __future__ import annotations
