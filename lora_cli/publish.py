@@ -76,9 +76,8 @@ def published(target: Path, *, replace: bool = False, facts: dict[str, Any] | No
     try:
         yield staging.path
         staging.publish(facts or {})
-    except BaseException:
-        staging.discard()
-        raise
+    finally:
+        staging.discard()  # nothing is left to discard once it was published
 
 
 def verify(folder: Path, *, contents: bool = True) -> dict[str, Any]:

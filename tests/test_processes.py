@@ -48,21 +48,21 @@ def free_port() -> int:
         return port
 
 
+def in_two_processes(recipe: Path) -> subprocess.CompletedProcess[str]:
+    """Train a recipe under torchrun with two processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    command = [*torchrun, *endpoint, "-m", "lora_cli", str(recipe)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+
+
 def test_two_processes_train_as_one(tmp_path: Path, base: Path) -> None:
     """Two gloo processes have the losses, scores and adapter of one with the same global batch, to 1e-6 in fp32."""
     settings = {"evaluate__metrics": ["loss", "exact_match"], "train__eval_every": 4, "train__batch_size": 7}
     alone = lora("train", write_recipe(tmp_path / "alone", base, **settings))
     assert alone.returncode == 0, alone.stderr
     recipe = write_recipe(tmp_path / "two", base, **settings)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    two = subprocess.run(
-        [*torchrun, *endpoint, "-m", "lora_cli", str(recipe)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    two = in_two_processes(recipe)
     assert two.returncode == 0, two.stderr
     runs = [tmp_path / name / "run" for name in ("alone", "two")]
     assert losses_of(runs[1]) == pytest.approx(losses_of(runs[0]), rel=1e-6)
@@ -191,15 +191,7 @@ def test_two_processes_tell_one_fault(tmp_path: Path, base: Path) -> None:
     recipe = write_recipe(tmp_path, base)
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write("{not json\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    two = subprocess.run(
-        [*torchrun, *endpoint, "-m", "lora_cli", str(recipe)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    two = in_two_processes(recipe)
     assert two.returncode != 0
     told = [line for line in two.stderr.splitlines() if line.startswith("error: ")]
     assert len(told) == 1
