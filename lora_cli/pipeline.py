@@ -34,23 +34,19 @@ from lora_cli.models.load import (
 )
 from lora_cli.models.nf4 import Quantization
 from lora_cli.publish import MANIFEST
-from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
-from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime import dist, order, report
-from lora_cli.runtime.checkpoint import Checkpoints, exports_best
+from lora_cli.runtime.checkpoint import exports_best
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.faults import resource_faults
 from lora_cli.runtime.log import Log
-from lora_cli.runtime.resume import NOT_COMPARED, changed_keys, changes_training
-from lora_cli.runtime.run_folder import CHECKPOINTS, RECIPE_FILE, RunFolder
+from lora_cli.runtime.resume import begin, find_finished
+from lora_cli.runtime.run_folder import EXPORTS, RunFolder
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import export, inject, prepare
 from lora_cli.stages import train as train_stage
 from lora_cli.types import Example, Examples, Prepared
-
-FOLDERS = {"peft": "adapter", "merged": "merged"}
 
 
 def train(
@@ -70,20 +66,21 @@ def train(
             prepared = prepare.run(recipe.data, recipe.objective.train_on, tokenizer, rt, log.line)
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
             facts = report.fingerprints(prepared, base_fingerprint(base))
-        finished = None if overwrite else _finished(folder, recipe, facts, resume=resume)
+        finished = None if overwrite else find_finished(folder, recipe, facts, resume=resume)
         if finished is not None:
             log.line(f"{folder.path}: finished already, nothing to do (--overwrite trains it again)")
             check_gates(gates, finished["eval"]["tuned"])
             return finished
 
+        total = _total_steps(recipe, prepared)
         with _timed(seconds, "inject"):
             model, method = inject.run(
                 base, recipe.model.dtype, recipe.adapter, prepared, quantization=_quantization(recipe),
-                total_steps=_total_steps(recipe, prepared), max_length=recipe.data.max_length,
+                total_steps=total, max_length=recipe.data.max_length,
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
                 seed=recipe.run.seed, rt=rt, log=log.line,
             )  # fmt: skip
-        resume_step = _begin(folder, recipe, facts, prepared, rt, log, resume=resume)
+        resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=resume)
         with _timed(seconds, "train"):
             trained = train_stage.run(
                 recipe.train, model, method, objective, prepared, folder.path,
@@ -97,7 +94,7 @@ def train(
         summary = report.summarize(recipe.adapter.method, trainable, facts, prepared, trained, scores)
         with _timed(seconds, "export"):
             card = report.model_card(summary, recipe)
-            targets = {form: folder.path / FOLDERS[form] for form in recipe.export_formats()}
+            targets = {form: folder.path / EXPORTS[form] for form in recipe.export_formats()}
             sample = _sample(prepared.eval or prepared.train)
             differences = _export(
                 targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample
@@ -169,7 +166,7 @@ def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
     if not target.is_dir():
         raise InputError(f"{target}: no such folder (give a run, a PEFT adapter or a model folder)")
     if RunFolder(target).is_run():
-        exported = [target / name for name in FOLDERS.values() if (target / name).is_dir()]
+        exported = [target / name for name in EXPORTS.values() if (target / name).is_dir()]
         if not exported:
             raise InputError(f"{target}: the run has exported nothing yet (finish it with --resume)")
         target = exported[0]
@@ -187,75 +184,6 @@ def _load_adapter(folder: Path, base: Path, model: PreTrainedModel) -> Method:
     if trained_on not in (None, base_fingerprint(base)):
         raise InputError(f"{folder}: was trained on another base than {base}: config or weights differ")
     return adapters.load(folder, model)
-
-
-def _finished(
-    folder: RunFolder, recipe: Recipe, facts: dict[str, str], *, resume: bool
-) -> dict[str, Any] | None:
-    """Return the summary of a run that is finished as this recipe asks; None where there is something to do.
-
-    Raises:
-        InputError: a finished run stands there that differs, and `resume` is not set.
-    """
-    summary = folder.finished()
-    if summary is None:
-        return None
-    before = load_recipe(folder.path / RECIPE_FILE)
-    changes = changed_keys(before.resolved(), recipe.resolved())
-    differences = [f"{key}: {change}" for key, change in changes.items() if key not in NOT_COMPARED]
-    differences += [
-        f"{key}: another content" for key in facts if summary["fingerprints"].get(key) != facts[key]
-    ]
-    missing = [
-        FOLDERS[form] for form in recipe.export_formats() if not (folder.path / FOLDERS[form]).is_dir()
-    ]
-    differences += [f"{name}/ is missing" for name in missing]
-    if not differences:
-        return summary
-    if resume:
-        return None
-    raise InputError(
-        f"{folder.path}: holds a finished run that differs: {'; '.join(differences)}"
-        " (--resume goes on from its last checkpoint, --overwrite trains it again, or choose another run.output)"
-    )
-
-
-def _begin(
-    folder: RunFolder,
-    recipe: Recipe,
-    facts: dict[str, str],
-    prepared: Prepared,
-    rt: Runtime,
-    log: Log,
-    *,
-    resume: bool,
-) -> int | None:
-    """Make the run folder; return the step to continue from, or None to start at the beginning.
-
-    Raises:
-        InputError: the recipe, data or base of the checkpoint are others, or it is beyond the last step.
-    """
-    step = None
-    if resume:
-        checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
-        step = checkpoints.newest(log.line)
-        if step is not None:
-            before = load_recipe(folder.path / RECIPE_FILE)
-            changes = changed_keys(before.resolved(), recipe.resolved())
-            differences = [f"{key}: {change}" for key, change in changes.items() if changes_training(key)]
-            manifest = checkpoints.facts(step)
-            differences += [f"{key}: another content" for key in facts if manifest.get(key) != facts[key]]
-            if step > (total := _total_steps(recipe, prepared)):
-                differences.append(f"train.max_steps: the run stands at step {step} of now {total}")
-            if differences:
-                raise InputError(
-                    f"{folder.path}: cannot be resumed: {'; '.join(differences)}"
-                    " (use the old values, --overwrite, or another run.output)"
-                )
-        log.line(f"resume: continuing after step {step}" if step else "resume: no checkpoint, starting anew")
-    rt.barrier()  # no process may look for a checkpoint after the main one has begun to write
-    rt.in_main(lambda: folder.begin(dump_recipe(recipe), fresh=step is None))
-    return step
 
 
 def _quantization(recipe: Recipe) -> Quantization | None:

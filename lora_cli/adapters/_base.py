@@ -86,6 +86,13 @@ class AdapterLinear(nn.Module, ABC):
     def disk_tensors(self) -> dict[str, Tensor]:
         """Return the trained tensors by their PEFT names, relative to the layer."""
 
+    def plain_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return A (R, in) and B (out, R) float32 whose product B A is the whole update of the weight, its scale in B.
+
+        None where the update is no product of known factors; then it is `merged_weight` less `base_weight`.
+        """
+        return None
+
     def base_weight(self) -> Tensor:
         """Return the base's own weight as (out, in), in the base's dtype, without an update merged into it.
 

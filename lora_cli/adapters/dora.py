@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_cli.adapters._base import AdapterLinear, BaseLinear
-from lora_cli.adapters.lora import Lora, LoraLinear
+from lora_cli.adapters._lora_layers import LoraLinear
+from lora_cli.adapters.lora import Lora
 from lora_cli.seeding import stream_seed
 
 _BLOCK = 2**20
@@ -82,6 +83,9 @@ class DoraLinear(LoraLinear):
     def disk_tensors(self) -> dict[str, Tensor]:
         """Return A, B and m (out,) by PEFT's names; that of m ends without `.weight`."""
         return super().disk_tensors() | {"lora_magnitude_vector": self.lora_magnitude_vector}
+
+    def plain_factors(self) -> None:
+        """Return nothing: the lengths act on the base's weight too, so the update has no low rank."""
 
     def _row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield W in blocks of whole rows, float32."""

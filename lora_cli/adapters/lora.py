@@ -3,8 +3,7 @@
     h = W x + (alpha / r) B A x          section 4.1, eq. 3
 
 A (r, in) starts Kaiming-uniform as in the authors' code (the paper says Gaussian) and B (out, r) at zero, so that
-the model is unchanged at injection. A and B are float32 and are cast to the input's dtype in the forward pass: bf16
-steps would round small updates away, bf16 products lose nothing that the base's own do not.
+the model is unchanged at injection. The layers are in `_lora_layers.py`.
 
 Variants, each a key of the recipe's block: rsLoRA's scale (2312.03732), ranks and alphas by module, a choice of decoder
 layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_lora_init.py`), biases and
@@ -18,102 +17,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_cli.adapters import _lora_config, _lora_init, _lora_patterns, _whole
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method
+from lora_cli.adapters._lora_layers import LoraLinear, ShiftedLoraLinear
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
-
-
-class LoraLinear(AdapterLinear):
-    """A linear layer with a rank-r update: (..., in) -> (..., out)."""
-
-    def __init__(
-        self, base: BaseLinear, *, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False
-    ) -> None:
-        super().__init__(base)
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)  # rslora: arXiv 2312.03732, theorem 3.2
-        self.dropout = dropout
-        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=self.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.device))
-
-    def reset(self, seed: int) -> None:
-        """Draw A from U(-1/sqrt(in), 1/sqrt(in)) and set B to zero; equal on every device for equal `seed`."""
-        generator = torch.Generator().manual_seed(seed)
-        initial = torch.empty(self.lora_A.shape)
-        nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=generator)
-        with torch.no_grad():
-            self.lora_A.copy_(initial)
-            self.lora_B.zero_()
-
-    @torch.no_grad()
-    def start_from(self, a: Tensor, b: Tensor) -> None:
-        """Set A (r, in) and B (out, r)."""
-        self.lora_A.copy_(a)
-        self.lora_B.copy_(b)
-
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the scaled update to the base's output: (..., in), (..., out) -> (..., out)."""
-        x = F.dropout(x, self.dropout, self.training)
-        h = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
-        return y + F.linear(h * self.scale, self.lora_B.to(x.dtype))
-
-    def merged_weight(self) -> Tensor:
-        """Return W + scale B A, (out, in) float32."""
-        return self.base_weight().float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
-
-    def disk_tensors(self) -> dict[str, Tensor]:
-        """Return A (r, in) and B (out, r) by PEFT's names."""
-        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
-
-    def plain_factors(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r) float32 whose product B A is the whole update, the scale in B."""
-        return self.lora_A.detach(), self.lora_B.detach() * self.scale
-
-
-class ShiftedLoraLinear(LoraLinear):
-    """A LoRA layer that starts at B0 A0 other than zero and leaves the base as it is: (..., in) -> (..., out).
-
-        h = W x + scale (B A - B0 A0) x
-
-    PiSSA and OLoRA store W - scale B0 A0 as a new base, which is not the original and is rounded to its dtype. Here the
-    original stays, and the difference is taken as (B - B0) A + B0 (A - A0), in float32 before anything is rounded: it
-    is exactly zero at the start, and a small one stays precise in bfloat16. It costs A0 and B0 in memory and products
-    of rank 2 r, and stands on disk as a plain LoRA of rank 2 r. Dropout acts on the difference alone.
-    """
-
-    initial_A: Tensor
-    initial_B: Tensor
-
-    def start_from(self, a: Tensor, b: Tensor) -> None:
-        """Set A (r, in) and B (out, r), and keep them as A0 and B0."""
-        super().start_from(a, b)
-        self.register_buffer("initial_A", self.lora_A.detach().clone())
-        self.register_buffer("initial_B", self.lora_B.detach().clone())
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (2r, in) and (out, 2r), float32, whose product is B A - B0 A0."""
-        a = torch.cat([self.lora_A, self.lora_A - self.initial_A])
-        return a, torch.cat([self.lora_B - self.initial_B, self.initial_B], dim=1)
-
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the scaled difference to the base's output: (..., in), (..., out) -> (..., out)."""
-        a, b = self.factors()
-        h = F.linear(F.dropout(x, self.dropout, self.training), a.to(x.dtype))  # (..., 2r)
-        return y + F.linear(h * self.scale, b.to(x.dtype))
-
-    def merged_weight(self) -> Tensor:
-        """Return W + scale (B A - B0 A0), (out, in) float32."""
-        shift = self.lora_B @ self.lora_A - self.initial_B @ self.initial_A
-        return self.base_weight().float() + self.scale * shift
-
-    def disk_tensors(self) -> dict[str, Tensor]:
-        """Return a plain LoRA of twice the rank on the original base."""
-        a, b = self.factors()
-        return {"lora_A.weight": a, "lora_B.weight": b}
 
 
 class Lora(Method):

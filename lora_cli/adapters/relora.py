@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method, OptimizerState
-from lora_cli.adapters.lora import Lora, LoraLinear
+from lora_cli.adapters._lora_layers import LoraLinear
+from lora_cli.adapters.lora import Lora
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
 from lora_cli.types import Progress
@@ -70,7 +71,7 @@ class ReloraLinear(LoraLinear):
     @torch.no_grad()
     def restart(self, seed: int) -> None:
         """Merge the live update into the past one and draw a new A; what the layer computes stays the same."""
-        past_b, past_a = self.update()
+        past_a, past_b = self.plain_factors()
         narrow = min(self.in_features, self.out_features)
         if len(past_a) > narrow:
             delta, unit = past_b @ past_a, torch.eye(narrow, device=past_a.device)
@@ -79,13 +80,15 @@ class ReloraLinear(LoraLinear):
         self.reset(seed)
 
     @torch.no_grad()
-    def update(self) -> tuple[Tensor, Tensor]:
-        """Return the whole update, past and live, as factors (out, R), (R, in); a live one of zero is left out."""
+    def plain_factors(self) -> tuple[Tensor, Tensor]:
+        """Return the whole update, past and live, as A (R, in) and B (out, R); a live one of zero is left out."""
         if len(self.past_A) and not bool(self.lora_B.any()):
-            return self.past_B, self.past_A
-        return torch.cat([self.past_B, self.scale * self.lora_B], dim=1), torch.cat(
-            [self.past_A, self.lora_A]
+            return self.past_A, self.past_B
+        a, b = (
+            torch.cat([self.past_A, self.lora_A]),
+            torch.cat([self.past_B, self.scale * self.lora_B], dim=1),
         )
+        return a, b
 
 
 class Relora(Method):
@@ -182,12 +185,12 @@ class Relora(Method):
         The rank is that of the widest layer's update, which loses nothing but rounding, or `export_rank` if that is
         less; updates of a lower rank are padded with zeros.
         """
-        updates = {path: layer.update() for path, layer in self._layers().items()}
-        rank = max(min(len(a), len(b), a.shape[1]) for b, a in updates.values())
+        updates = {path: layer.plain_factors() for path, layer in self._layers().items()}
+        rank = max(min(len(a), len(b), a.shape[1]) for a, b in updates.values())
         rank = min(rank, self.export_rank or rank)
         written, errors = Lora(rank=rank, alpha=float(rank), targets=self.targets), {}
         written.disk_targets = self.disk_targets
-        for path, (b, a) in updates.items():
+        for path, (a, b) in updates.items():
             layer = LoraLinear(self.layers[path].base, rank=rank, alpha=float(rank))
             left, right, errors[path] = truncate(b, a, rank)
             layer.lora_B[:, : left.shape[1]] = left

@@ -75,9 +75,14 @@ class VeraLinear(AdapterLinear):
 
     def merged_weight(self) -> Tensor:
         """Return W + Lambda_b B Lambda_d A, (out, in) float32."""
-        right = self.vera_lambda_d.float()[:, None] * self.projections.vera_A[:, : self.in_features]
-        left = self.vera_lambda_b.float()[:, None] * self.projections.vera_B[: self.out_features]
-        return self.base_weight().float() + left @ right
+        a, b = self.plain_factors()
+        return self.base_weight().float() + b @ a
+
+    def plain_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) float32 with the vectors in them, whose product B A is the whole update."""
+        a = self.vera_lambda_d.detach()[:, None] * self.projections.vera_A[:, : self.in_features]
+        b = self.vera_lambda_b.detach()[:, None] * self.projections.vera_B[: self.out_features]
+        return a, b
 
     def disk_tensors(self) -> dict[str, Tensor]:
         """Return the vectors, (out,) and (r,), by PEFT's names."""

@@ -18,10 +18,10 @@ from lora_cli.recipe.adapter_blocks import AdaLoraAdapter as AdaLoraAdapter
 from lora_cli.recipe.adapter_blocks import Adapter as Adapter
 from lora_cli.recipe.adapter_blocks import DoraAdapter as DoraAdapter
 from lora_cli.recipe.adapter_blocks import FullAdapter as FullAdapter
-from lora_cli.recipe.adapter_blocks import LoraAdapter as LoraAdapter
-from lora_cli.recipe.adapter_blocks import QloraAdapter as QloraAdapter
 from lora_cli.recipe.adapter_blocks import ReloraAdapter as ReloraAdapter
 from lora_cli.recipe.adapter_blocks import VeraAdapter as VeraAdapter
+from lora_cli.recipe.lora_block import LoraAdapter as LoraAdapter
+from lora_cli.recipe.lora_block import QloraAdapter as QloraAdapter
 from lora_cli.recipe.section import Conflict as Conflict
 from lora_cli.recipe.section import Fraction, NonNegativeInt, PositiveInt
 from lora_cli.recipe.section import Section as Section

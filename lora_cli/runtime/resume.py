@@ -1,8 +1,17 @@
-"""Which keys of a recipe may change between the start of a run and its continuation."""
+"""Whether a run is finished, can go on, or must start anew; and which keys of its recipe may change meanwhile."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from lora_cli.errors import InputError
+from lora_cli.recipe.dump import dump_recipe
+from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.schema import Recipe
+from lora_cli.runtime.checkpoint import Checkpoints
+from lora_cli.runtime.dist import Runtime
+from lora_cli.runtime.run_folder import CHECKPOINTS, EXPORTS, RECIPE_FILE, RunFolder
 
 MAY_CHANGE = {
     "data.train",
@@ -25,6 +34,75 @@ NOT_COMPARED = {"data.train", "data.eval", "model.base", "run.output", "run.devi
 """Keys in which a finished run may differ from what is asked for; data and base are compared by content."""
 
 _MAY_CHANGE_SECTIONS = ("evaluate", "export")
+
+
+def find_finished(
+    folder: RunFolder, recipe: Recipe, facts: Mapping[str, str], *, resume: bool
+) -> dict[str, Any] | None:
+    """Return the summary of a run that is finished as this recipe asks; None where there is something to do.
+
+    Raises:
+        InputError: a finished run stands there that differs, and `resume` is not set.
+    """
+    summary = folder.finished()
+    if summary is None:
+        return None
+    before = load_recipe(folder.path / RECIPE_FILE)
+    changes = changed_keys(before.resolved(), recipe.resolved())
+    differences = [f"{key}: {change}" for key, change in changes.items() if key not in NOT_COMPARED]
+    differences += [
+        f"{key}: another content" for key in facts if summary["fingerprints"].get(key) != facts[key]
+    ]
+    missing = [
+        EXPORTS[form] for form in recipe.export_formats() if not (folder.path / EXPORTS[form]).is_dir()
+    ]
+    differences += [f"{name}/ is missing" for name in missing]
+    if not differences:
+        return summary
+    if resume:
+        return None
+    raise InputError(
+        f"{folder.path}: holds a finished run that differs: {'; '.join(differences)}"
+        " (--resume goes on from its last checkpoint, --overwrite trains it again, or choose another run.output)"
+    )
+
+
+def begin(
+    folder: RunFolder,
+    recipe: Recipe,
+    facts: Mapping[str, str],
+    total_steps: int,
+    rt: Runtime,
+    log: Callable[[str], None],
+    *,
+    resume: bool,
+) -> int | None:
+    """Make the run folder; return the step to continue from, or None to start at the beginning.
+
+    Raises:
+        InputError: the recipe, data or base of the checkpoint are others, or it is beyond the last step.
+    """
+    step = None
+    if resume:
+        checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
+        step = checkpoints.newest(log)
+        if step is not None:
+            before = load_recipe(folder.path / RECIPE_FILE)
+            changes = changed_keys(before.resolved(), recipe.resolved())
+            differences = [f"{key}: {change}" for key, change in changes.items() if changes_training(key)]
+            manifest = checkpoints.facts(step)
+            differences += [f"{key}: another content" for key in facts if manifest.get(key) != facts[key]]
+            if step > total_steps:
+                differences.append(f"train.max_steps: the run stands at step {step} of now {total_steps}")
+            if differences:
+                raise InputError(
+                    f"{folder.path}: cannot be resumed: {'; '.join(differences)}"
+                    " (use the old values, --overwrite, or another run.output)"
+                )
+        log(f"resume: continuing after step {step}" if step else "resume: no checkpoint, starting anew")
+    rt.barrier()  # no process may look for a checkpoint after the main one has begun to write
+    rt.in_main(lambda: folder.begin(dump_recipe(recipe), fresh=step is None))
+    return step
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

@@ -18,14 +18,15 @@ SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
 MARK = "# Written by lora-cli: the recipe of this run, every default written out."
 """First line of a run's recipe.yaml, by which a run is known from a folder with a recipe of the user's own."""
+EXPORTS = {"peft": "adapter", "merged": "merged"}
+"""Folder of each export format."""
 OURS = (
     RECIPE_FILE,
     SUMMARY_FILE,
     "metrics.jsonl",
     "generations.jsonl",
     CHECKPOINTS,
-    "adapter",
-    "merged",
+    *EXPORTS.values(),
     "lora-cli-error.log",
 )
 """All that a run writes; nothing else in the folder is ever touched."""
@@ -68,7 +69,7 @@ class RunFolder:
             self._remove(OURS)
         else:
             # What comes after training is written anew; the checkpoints are what a resumed run needs.
-            self._remove((SUMMARY_FILE, "generations.jsonl", "adapter", "merged"))
+            self._remove((SUMMARY_FILE, "generations.jsonl", *EXPORTS.values()))
         (self.path / RECIPE_FILE).write_text(f"{MARK}\n{recipe_text}", encoding="utf-8")
 
     def write_summary(self, summary: dict[str, Any]) -> None:

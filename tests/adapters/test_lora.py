@@ -8,8 +8,9 @@ import torch
 from small import make_model, make_rows
 from torch.nn import functional as F
 
+from lora_cli.adapters._lora_layers import LoraLinear
 from lora_cli.adapters._targets import match_targets
-from lora_cli.adapters.lora import Lora, LoraLinear
+from lora_cli.adapters.lora import Lora
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives.sft import Sft
