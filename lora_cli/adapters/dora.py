@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_cli.adapters._base import AdapterLinear, BaseLinear
-from lora_cli.adapters._lora_layers import LoraLinear
+from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.adapters.lora import Lora
 from lora_cli.seeding import stream_seed
 

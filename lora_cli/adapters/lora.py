@@ -3,7 +3,7 @@
     h = W x + (alpha / r) B A x          section 4.1, eq. 3
 
 A (r, in) starts Kaiming-uniform as in the authors' code (the paper says Gaussian) and B (out, r) at zero, so that
-the model is unchanged at injection. The layers are in `_lora_layers.py`.
+the model is unchanged at injection. The layers are in `_low_rank.py`.
 
 Variants, each a key of the recipe's block: rsLoRA's scale (2312.03732), ranks and alphas by module, a choice of decoder
 layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_lora_init.py`), biases and
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.adapters import _lora_config, _lora_init, _lora_patterns, _whole
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method
-from lora_cli.adapters._lora_layers import LoraLinear, ShiftedLoraLinear
+from lora_cli.adapters._low_rank import LoraLinear, ShiftedLoraLinear
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
 

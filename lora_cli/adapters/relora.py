@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method, OptimizerState
-from lora_cli.adapters._lora_layers import LoraLinear
+from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.adapters.lora import Lora
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed

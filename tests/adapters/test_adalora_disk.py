@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli import adapters, pipeline
 from lora_cli.adapters import _peft
-from lora_cli.adapters._lora_layers import LoraLinear
+from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.errors import InputError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.stages import train as train_stage

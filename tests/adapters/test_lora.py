@@ -8,7 +8,7 @@ import torch
 from small import make_model, make_rows
 from torch.nn import functional as F
 
-from lora_cli.adapters._lora_layers import LoraLinear
+from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.adapters._targets import match_targets
 from lora_cli.adapters.lora import Lora
 from lora_cli.errors import InputError

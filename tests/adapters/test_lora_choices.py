@@ -14,7 +14,7 @@ from small import make_model
 
 from lora_cli import adapters
 from lora_cli.adapters import _lora_patterns
-from lora_cli.adapters._lora_layers import LoraLinear
+from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.errors import InputError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import LoraAdapter

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import Method
-from lora_cli.adapters._lora_layers import LoraLinear
+from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives.sft import Sft
 from lora_cli.recipe.schema import LoraAdapter

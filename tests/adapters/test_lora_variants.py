@@ -13,7 +13,7 @@ from small import make_model
 
 from lora_cli import adapters
 from lora_cli.adapters import _peft
-from lora_cli.adapters._lora_layers import LoraLinear
+from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.adapters.lora import Lora
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel

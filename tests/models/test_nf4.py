@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters._lora_layers import LoraLinear
+from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.models import nf4
 from lora_cli.models.nf4 import Quantization, QuantizedLinear
 
