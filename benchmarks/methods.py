@@ -1,97 +1,224 @@
-"""Every adapter method on the same task, from its own recipe in configs/: one table from one command.
+"""Every adapter method and every variant of LoRA on the same two tasks: tables from one command.
 
-    python benchmarks/methods.py                          # the tickets, seed 0
-    python benchmarks/methods.py --seeds 0 1 2 --write    # with spread, written to docs/methods.md
+    python benchmarks/methods.py                                    # tickets and GSM8K, seeds 0 1 2
+    python benchmarks/methods.py --write                            # written to docs/methods.md besides
+    python benchmarks/methods.py --tasks tickets --runs lora dora --seeds 0
 
-Each run is a process of its own, so that its peak memory is its own. A figure is the median over the seeds, with the
-smallest and the largest behind it where there are several.
+Tickets: the bundled rows, each method by its own recipe in configs/. GSM8K: the same adapter and learning rate on
+the rows of `--gsm8k FOLDER`, 60 steps of 16 rows, scored on the first 200 test rows; answers are generated for 50 of
+them. Both on the bundled `tiny` base.
+
+Scores come first, one run a core. They do not depend on what else the machine does, so finished runs are kept in
+`--results` and are not made again. Then speed and memory, a run at a time with all cores: 3 of 25 steps for each, in
+turn, so that a slow minute does not fall on one of them. A figure is the median, with the smallest and largest behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ("quickstart", "lora_plus", "pissa", "dora", "adalora", "relora", "vera", "qlora", "full")
-TABLE_BEGIN, TABLE_END = "<!-- table -->", "<!-- end of table -->"
+RUNS: dict[str, tuple[str, ...]] = {
+    "lora": ("quickstart",),
+    "qlora": ("qlora",),
+    "dora": ("dora",),
+    "adalora": ("adalora",),
+    "relora": ("relora",),
+    "vera": ("vera",),
+    "full": ("full",),
+    "lora+": ("quickstart", "adapter.plus_ratio=4", "train.learning_rate=1e-3"),
+    "four variants": ("lora_plus",),
+    "rslora": ("quickstart", "adapter.scaling=rslora"),
+    "lora-fa": ("quickstart", "adapter.freeze_a=true"),
+    "orthogonal": ("quickstart", "adapter.init=orthogonal"),
+    "pissa": ("pissa",),
+    "olora": ("pissa", "adapter.init=olora"),
+    "eva": ("eva",),
+    "loftq": ("loftq",),
+}
+"""What is compared: a recipe in configs/, and what is changed in it."""
+TASKS = ("tickets", "gsm8k")
 COLUMNS = (
+    "run",
     "recipe",
-    "method",
     "trained parameters",
     "held-out loss",
+    "token accuracy",
     "exact match",
     "tokens/s",
     "peak memory",
     "export",
 )
 
-
-def run(recipe: str, seed: int, folder: Path, extra: Sequence[str]) -> dict[str, Any]:
-    """Train one recipe and return its summary, with the bytes of what it exported."""
-    output = folder / f"{recipe}-{seed}"
-    overrides = [f"run.output={output}", f"run.seed={seed}", "evaluate.metrics=[loss,exact_match]", *extra]
-    command = [sys.executable, "-m", "lora_cli", f"configs/{recipe}.yaml", *overrides]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    summary: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    weights = [path for name in ("adapter", "merged") for path in (output / name).glob("*.safetensors")]
-    return summary | {"export_bytes": sum(path.stat().st_size for path in weights)}
+Summary = dict[str, Any]
 
 
-def row(recipe: str, summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a recipe's cells."""
-
-    def spread(values: Sequence[float], form: str) -> str:
-        middle = format(statistics.median(values), form)
-        if len(values) == 1:
-            return middle
-        return f"{middle} ({format(min(values), form)} to {format(max(values), form)})"
-
-    tuned = [summary["eval"]["tuned"] for summary in summaries]
+def gsm8k(folder: Path, results: Path) -> list[str]:
+    """Return the overrides that put a recipe on GSM8K; the scored rows are written to `results`."""
+    train, test = folder / "gsm8k.train.jsonl", folder / "gsm8k.test.jsonl"
+    if not (train.is_file() and test.is_file()):
+        sys.exit(
+            f"methods.py: {folder} has no gsm8k.train.jsonl and gsm8k.test.jsonl (--gsm8k, or --tasks tickets)"
+        )
+    scored = results / "gsm8k.jsonl"
+    with test.open(encoding="utf-8") as file:
+        scored.write_text("".join(itertools.islice(file, 200)), encoding="utf-8")
     return [
-        f"[{recipe}](../configs/{recipe}.yaml)",
-        summaries[0]["method"],
-        f"{summaries[0]['trainable_parameters']:,}",
-        spread([scores["loss"] for scores in tuned], ".4f"),
-        spread([scores["exact_match"] for scores in tuned], ".1%"),
-        spread([summary["tokens_per_second"] for summary in summaries], ",.0f"),
-        spread([summary["peak_memory_bytes"] / 1e9 for summary in summaries], ".2f") + " GB",
-        f"{summaries[0]['export_bytes'] / 1e6:.2f} MB",
+        f"data.train={train.resolve()}",
+        f"data.eval={scored.resolve()}",
+        "data.fields={prompt: '{question}', completion: '{answer}'}",
+        "data.max_length=512",
+        "train.max_steps=60",
+        "evaluate.max_generated_rows=50",
     ]
 
 
-def write(table: str) -> None:
-    """Put the table into docs/methods.md, between its two marks."""
+def train(name: str, overrides: Sequence[str], folder: Path, cores: set[int]) -> Summary:
+    """Run one recipe on `cores` and return its summary, with the bytes of what it exported; a finished run is read."""
+    done = folder / "summary.json"
+    if not done.is_file():
+        recipe, *changes = RUNS[name]
+        command = [sys.executable, "-m", "lora_cli", f"configs/{recipe}.yaml", "--overwrite"]
+        threads = {name: str(len(cores)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        process = subprocess.run(
+            [*command, *changes, *overrides, f"run.output={folder}"],
+            cwd=ROOT,
+            env=os.environ | threads,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if process.returncode:
+            sys.exit(f"methods.py: {folder.name}: exit {process.returncode}: {process.stderr.strip()[-500:]}")
+    summary: Summary = json.loads(done.read_text(encoding="utf-8"))
+    weights = [path for place in ("adapter", "merged") for path in (folder / place).glob("*.safetensors")]
+    return summary | {"export_bytes": sum(path.stat().st_size for path in weights)}
+
+
+def scores(task: str, options: argparse.Namespace, overrides: Sequence[str]) -> dict[str, list[Summary]]:
+    """Train every run with every seed, one on each core at a time."""
+    free: SimpleQueue[int] = SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0))[: options.jobs]:
+        free.put(core)
+
+    def one(job: tuple[str, int]) -> Summary:
+        name, seed = job
+        core = free.get()
+        try:
+            settings = [f"run.seed={seed}", "evaluate.metrics=[loss,exact_match]", *overrides]
+            found = train(name, settings, options.results / f"{task}-{name}-{seed}", {core})
+        finally:
+            free.put(core)
+        print(f"{task} {name} seed {seed}: {found['eval']['tuned']}", file=sys.stderr, flush=True)
+        return found
+
+    jobs = [(name, seed) for name in options.runs for seed in options.seeds]
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        found = list(pool.map(one, jobs))
+    return {
+        name: [one for one, job in zip(found, jobs, strict=True) if job[0] == name] for name in options.runs
+    }
+
+
+def speeds(task: str, options: argparse.Namespace, overrides: Sequence[str]) -> dict[str, list[Summary]]:
+    """Run a few steps of every run, three times in turn, alone on the machine."""
+    found: dict[str, list[Summary]] = {name: [] for name in options.runs}
+    settings = ["train.max_steps=25", "evaluate.metrics=[loss]", "data.max_eval_rows=8"]
+    kept = [one for one in overrides if not one.startswith(("train.max_steps", "evaluate."))]
+    for _ in range(3):
+        for name, summaries in found.items():
+            with tempfile.TemporaryDirectory() as folder:
+                everywhere = os.sched_getaffinity(0)
+                summaries.append(train(name, [*kept, *settings], Path(folder) / "run", everywhere))
+    return found
+
+
+def spread(form: str, values: Iterable[float]) -> str:
+    """Return the median, and the range where there is one."""
+    values = list(values)
+    middle, low, high = (
+        format(value, form) for value in (statistics.median(values), min(values), max(values))
+    )
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def row(name: str, scored: Sequence[Summary], timed: Sequence[Summary]) -> str:
+    """Return a run's line of the table."""
+    recipe, *changes = RUNS[name]
+    tuned = [summary["eval"]["tuned"] for summary in scored]
+    cells = [
+        name,
+        f"[{recipe}](../configs/{recipe}.yaml)" + "".join(f", `{change}`" for change in changes),
+        f"{scored[0]['trainable_parameters']:,}",
+        spread(".4f", (one["loss"] for one in tuned)),
+        spread(".1%", (one["token_accuracy"] for one in tuned)),
+        spread(".1%", (one["exact_match"] for one in tuned)),
+        spread(",.0f", (one["tokens_per_second"] for one in timed)),
+        spread(".2f", (one["peak_memory_bytes"] / 1e9 for one in timed)) + " GB",
+        spread(".2f", (one["export_bytes"] / 1e6 for one in scored)) + " MB",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def base_row(summary: Summary) -> str:
+    """Return the line of the base, which no training has touched."""
+    base = summary["eval"]["base"]
+    cells = [f"{base['loss']:.4f}", f"{base['token_accuracy']:.1%}", f"{base['exact_match']:.1%}"]
+    return f"| base | | 0 | {' | '.join(cells)} | | | |"
+
+
+def table(task: str, options: argparse.Namespace) -> str:
+    """Run everything on one task and return the table as Markdown."""
+    overrides = [*(gsm8k(options.gsm8k, options.results) if task == "gsm8k" else ()), *options.overrides]
+    scored = scores(task, options, overrides)
+    timed = speeds(task, options, overrides)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines.append(base_row(scored[options.runs[0]][0]))
+    return "\n".join(lines + [row(name, scored[name], timed[name]) for name in options.runs])
+
+
+def write(task: str, text: str) -> None:
+    """Put a table into docs/methods.md, between its two marks."""
     page = ROOT / "docs" / "methods.md"
-    text = page.read_text(encoding="utf-8")
-    before, after = text.split(TABLE_BEGIN)[0], text.split(TABLE_END)[1]
-    page.write_text(f"{before}{TABLE_BEGIN}\n{table}\n{TABLE_END}{after}", encoding="utf-8")
+    begin, end = f"<!-- {task} -->", f"<!-- end of {task} -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipes and print the table as Markdown, row by row."""
-    parser = argparse.ArgumentParser(description="Compare every method on the tickets task.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/methods.md")
+    """Run what is asked for and print the tables as Markdown."""
+    parser = argparse.ArgumentParser(description="Compare every method on the tickets and on GSM8K.")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="scored runs at a time; default: one a core"
+    )
+    parser.add_argument("--gsm8k", type=Path, default=ROOT.parent / "shared" / "data", metavar="FOLDER")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "methods", metavar="FOLDER")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/methods.md")
     parser.add_argument("overrides", nargs="*", help="key=value for every recipe, e.g. train.max_steps=20")
     options = parser.parse_args(arguments)
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    print("\n".join(lines), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for recipe in options.recipes:
-            summaries = [run(recipe, seed, Path(folder), options.overrides) for seed in options.seeds]
-            lines.append("| " + " | ".join(row(recipe, summaries)) + " |")
-            print(lines[-1], flush=True)
-    if options.write:
-        write("\n".join(lines))
+    options.results = options.results.resolve()
+    options.results.mkdir(parents=True, exist_ok=True)
+    for task in options.tasks:
+        text = table(task, options)
+        print(f"\n{task}\n\n{text}", flush=True)
+        if options.write:
+            write(task, text)
 
 
 if __name__ == "__main__":
