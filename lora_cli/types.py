@@ -1,12 +1,13 @@
 """What the floors hand to each other. Shapes: B rows, T tokens per row (padded), R rows of a data set.
 
-A row travels as `Conversation` or `Text` (what the user wrote) -> `Example` (tokens and what is trained of them)
--> `Batch` (tensors). Everything else in this file is a stage's result.
+A row travels as `Conversation`, `Text`, `Pair` or `Labelled` (what the user wrote) -> `Example` (tokens and what is
+trained of them) -> `Batch` (tensors). Everything else in this file is a stage's result.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -25,6 +26,10 @@ class Message:
 
     role: str
     content: str
+    trained: bool = True
+    """False: an answer that the row itself takes out of training."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What chat templates know besides: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`; JSON values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,10 @@ class Conversation:
 
     messages: tuple[Message, ...]
     where: str
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Functions that the model may call, as JSON schemas."""
+    prompt_turns: int | None = None
+    """How many of the turns are the prompt, where the row says which; the rest are its completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +52,25 @@ class Text:
     where: str
 
 
-Row = Conversation | Text
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and two answers to it, of which the first is preferred; both conversations begin with the prompt."""
+
+    chosen: Conversation
+    rejected: Conversation
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A prompt with one answer, and whether it is wanted."""
+
+    conversation: Conversation
+    wanted: bool
+    where: str
+
+
+Row = Conversation | Text | Pair | Labelled
 
 
 @dataclass(frozen=True, slots=True)
