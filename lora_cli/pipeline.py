@@ -110,7 +110,7 @@ def train(
 
 def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[str, Any]:
     """Score a run folder, a PEFT folder on `model.base`, or a plain model; return `{base: ..., tuned: ...}`."""
-    if recipe.data.eval is None:
+    if not recipe.data.holds_out():
         raise InputError("data.eval: no held-out rows to score on (give data.eval=FILE)")
     with _started(recipe) as (rt, log):
         adapter, base = _locate(target, recipe)
@@ -198,11 +198,14 @@ def _sample(examples: Examples | None) -> list[Example]:
 
 def _held_out_sample(recipe: Recipe, base: Path, rt: Runtime, log: Log) -> list[Example]:
     """Return held-out rows for a merge that is measured; none where they are not wanted or no longer there."""
-    held_out = recipe.data.eval
-    if recipe.quantization() == "none" or held_out is None or not Path(held_out).expanduser().exists():
+    if recipe.quantization() == "none" or not recipe.data.holds_out():
         return []
     tokenizer, train_on = load_tokenizer(base), recipe.objective.train_on
-    return _sample(prepare.run(recipe.data, train_on, tokenizer, rt, log.line, need_train=False).eval)
+    try:
+        return _sample(prepare.run(recipe.data, train_on, tokenizer, rt, log.line, need_train=False).eval)
+    except InputError as error:
+        log.line(f"merge: the held-out rows cannot be read: {error.lines[0]}")
+        return []
 
 
 def _total_steps(recipe: Recipe, prepared: Prepared) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +44,7 @@ def check_evaluation(target: Path, recipe: Recipe) -> list[str]:
     """
     return _run_all(
         lambda: _check_target(target, recipe),
-        lambda: _check_data(recipe, "eval"),
+        lambda: _check_data(recipe, "train" if recipe.data.eval is None else "eval"),
     )
 
 
@@ -81,17 +81,17 @@ def kind_of(target: Path) -> Literal["run", "adapter", "model"]:
     raise InputError(f"{target}: is neither a run, an adapter nor a model (there is no {wanted})")
 
 
-def _run_all(*checks: Callable[[], str | None]) -> list[str]:
+def _run_all(*checks: Callable[[], str | list[str] | None]) -> list[str]:
     """Run every check; one that fails does not keep the others from being told."""
     done: list[str] = []
     problems: list[str] = []
     for one in checks:
         try:
-            line = one()
+            lines = one() or []
         except InputError as error:
             problems.extend(error.lines)
         else:
-            done.extend([line] if line else [])
+            done.extend([lines] if isinstance(lines, str) else lines)
     if problems:
         raise InputError(dict.fromkeys(problems))
     return done
@@ -143,22 +143,35 @@ def _is_path(name: str) -> bool:
     )
 
 
-def _check_data(recipe: Recipe, split: Literal["train", "eval"]) -> str:
-    key, name = f"data.{split}", getattr(recipe.data, split)
-    if name is not None:
+def _check_data(recipe: Recipe, split: Literal["train", "eval"]) -> list[str]:
+    for key, name in _data_names(recipe, split):
         _check_name(recipe.at(key), name)
-        if _is_path(name) and not os.path.lexists(_expanded(recipe.at(key), name)):
-            raise InputError(f"{recipe.at(key)}: {name}: no such file{_near_matches(Path(name))}")
+        if _is_path(name) and not any(mark in name for mark in "*?["):
+            path = _expanded(recipe.at(key), name)
+            if not os.path.lexists(path):
+                raise InputError(f"{recipe.at(key)}: {name}: no such file{_near_matches(Path(name))}")
     from lora_cli.data.head import check_head  # imports numpy, which a wrong path need not wait for
 
     try:
         return check_head(recipe.data, split)
     except InputError as error:
-        places = [
-            recipe.at(key) + line.removeprefix(key) if line.startswith(key + ":") else line
-            for line in error.lines
-        ]
-        raise InputError(places) from None
+        raise InputError([_placed(recipe, line) for line in error.lines]) from None
+
+
+def _data_names(recipe: Recipe, split: Literal["train", "eval"]) -> Iterator[tuple[str, str]]:
+    """Yield each key of a split's rows with each name that it holds."""
+    values = {f"data.{split}": getattr(recipe.data, split)}
+    if split == "train":
+        values |= {f"data.sources.{name}.path": source.path for name, source in recipe.data.sources.items()}
+    for key, names in values.items():
+        for name in [names] if isinstance(names, str) else names or []:
+            yield key, name
+
+
+def _placed(recipe: Recipe, line: str) -> str:
+    """Return a message about a key with the place where the key was written."""
+    key = line.partition(":")[0]
+    return recipe.at(key) + line.removeprefix(key) if key.startswith("data.") else line
 
 
 def _check_model(recipe: Recipe) -> str:

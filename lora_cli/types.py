@@ -92,8 +92,8 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
-    def line(self, index: int) -> int:
-        """Return the line of a row in its file (the row, where a file has no lines)."""
+    def where(self, index: int) -> str:
+        """Return `file:line` of a row (`name: row n`, where there are no lines)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,8 @@ class SplitCounts:
     rows: int
     kept: int
     dropped: int
+    bad: int
+    """Rows that could not be used as they were, and were skipped because the recipe says so."""
     truncated: int
     tokens: int
     trained_tokens: int

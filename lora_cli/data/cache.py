@@ -8,7 +8,8 @@ uses one; a damaged cache is written again.
     tokens.bin     int32, all rows one after the other
     trained.bin    uint8, 1 = the token is trained
     offsets.npy    int64 (R + 1,), where each row begins
-    lines.npy      int64 (R,), the line (row) of each in its file
+    lines.npy      int64 (R,), the line (row) of each, counted from the beginning of what was read
+    identities.npy uint64 (R,), a hash of what each row says, equal for equal rows
     manifest.json  counts, and size and sha256 of each file
 """
 
@@ -30,7 +31,7 @@ from lora_cli.errors import InputError, ResourceError
 from lora_cli.publish import Staging, sweep, verify
 from lora_cli.types import Example
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 
 
 def cache_root() -> Path:
@@ -49,7 +50,7 @@ def fingerprint(parts: Mapping[str, str]) -> str:
 
 
 class TokenCache:
-    """The tokenized rows of a published folder; satisfies `types.Examples`.
+    """The tokenized rows of a published folder.
 
     Raises:
         ValueError: if the folder is missing, incomplete or, with `check`, not what was written (without it only
@@ -62,9 +63,13 @@ class TokenCache:
             self.fingerprint: str = self.meta["fingerprint"]
             self.max_token: int = self.meta["max_token"]
             self._offsets = np.load(folder / "offsets.npy", allow_pickle=False)
-            self._lines = np.load(folder / "lines.npy", allow_pickle=False)
-            self._tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
-            self._trained = np.memmap(folder / "trained.bin", dtype=np.bool_, mode="r")
+            self.lines: npt.NDArray[np.int64] = np.load(folder / "lines.npy", allow_pickle=False)
+            self.identities: npt.NDArray[np.uint64] = np.load(folder / "identities.npy", allow_pickle=False)
+            self._tokens, self._trained = (
+                # A part of a file may hold no row that was kept, and an empty file cannot be mapped.
+                np.memmap(folder / name, dtype=kind, mode="r") if len(self.lines) else np.empty(0, kind)
+                for name, kind in (("tokens.bin", np.int32), ("trained.bin", np.bool_))
+            )
         except (OSError, EOFError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: not a complete token cache: {error}") from error
         self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)  # (R,)
@@ -78,10 +83,6 @@ class TokenCache:
             raise IndexError(index)
         part = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
         return Example(np.asarray(self._tokens[part]), np.asarray(self._trained[part]))
-
-    def line(self, index: int) -> int:
-        """Return the line of row `index` in its file (the row, for parquet and hub data)."""
-        return int(self._lines[index])
 
 
 class CacheWriter:
@@ -97,6 +98,7 @@ class CacheWriter:
         self._name = name
         self._lengths: list[int] = []
         self._lines: list[int] = []
+        self._identities: list[int] = []
         self._max_token = 0
 
     def __enter__(self) -> Self:
@@ -109,8 +111,8 @@ class CacheWriter:
             raise _write_fault(self._folder, error) from error
         return self
 
-    def add(self, example: Example, line: int) -> None:
-        """Append one row."""
+    def add(self, example: Example, line: int, identity: int) -> None:
+        """Append one row; `identity` is equal for equal rows."""
         try:
             self._tokens.write(np.ascontiguousarray(example.input_ids, dtype=np.int32).data)
             self._trained.write(np.ascontiguousarray(example.trained, dtype=np.uint8).data)
@@ -119,6 +121,7 @@ class CacheWriter:
         self._lengths.append(len(example.input_ids))
         self._max_token = max(self._max_token, int(example.input_ids.max(initial=0)))
         self._lines.append(line)
+        self._identities.append(identity)
 
     def publish(self, extra: Mapping[str, Any]) -> None:
         """Complete the folder and give it its name; `extra` joins the manifest."""
@@ -129,6 +132,8 @@ class CacheWriter:
             np.save(self._staging.path / "offsets.npy", offsets, allow_pickle=False)
             lines = np.array(self._lines, dtype=np.int64)
             np.save(self._staging.path / "lines.npy", lines, allow_pickle=False)
+            identities = np.array(self._identities, dtype=np.uint64)
+            np.save(self._staging.path / "identities.npy", identities, allow_pickle=False)
             facts = {"fingerprint": self._name, "rows": len(self._lines), "max_token": self._max_token}
             self._staging.publish({**extra, **facts})
         except OSError as error:

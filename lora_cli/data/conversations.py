@@ -95,9 +95,9 @@ def pair(
         raise InputError(f"{row.where}: chosen and rejected are the same (there is nothing to prefer)")
     prompt = before + chosen[:shared]
     if not prompt or prompt[-1].role not in ("user", "tool"):
-        found = f"which ends with {prompt[-1].role}'s" if prompt else "and there is no prompt"
+        what = f"which ends with {prompt[-1].role}'s" if prompt else "and there is no prompt"
         raise InputError(
-            f"{row.where}: chosen and rejected share {shared} turns, {found} (both must answer one prompt)"
+            f"{row.where}: chosen and rejected share {shared} turns, {what} (both must answer one prompt)"
         )
     found = [
         conversation(before + after, name, row, len(prompt))

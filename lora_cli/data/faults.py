@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lora_cli.errors import InputError
 
 SHOWN = 5
@@ -13,13 +15,19 @@ class Faults:
     def __init__(self, source: str) -> None:
         self.source = source
         self.count = 0
-        self._lines: list[str] = []
+        self.lines: list[str] = []
+        """The first SHOWN."""
 
     def add(self, fault: InputError | str) -> None:
         """Count one bad row; its message is kept if it is among the first."""
         self.count += 1
-        if len(self._lines) < SHOWN:
-            self._lines.append(fault if isinstance(fault, str) else fault.lines[0])
+        if len(self.lines) < SHOWN:
+            self.lines.append(fault if isinstance(fault, str) else fault.lines[0])
+
+    def join(self, count: int, lines: Sequence[str]) -> None:
+        """Add the bad rows of a part of the split."""
+        self.count += count
+        self.lines += lines[: SHOWN - len(self.lines)]
 
     def raise_if_any(self) -> None:
         """Raise what was collected.
@@ -29,7 +37,7 @@ class Faults:
         """
         if not self.count:
             return
-        lines = list(self._lines)
+        lines = list(self.lines)
         if self.count > len(lines):
             lines.append(f"{self.source}: {self.count} bad rows in all, the first {len(lines)} are above")
         raise InputError(lines)

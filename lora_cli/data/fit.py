@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from lora_cli.data.faults import Faults
 from lora_cli.recipe.schema import Data
@@ -15,6 +16,7 @@ class Tally:
 
     rows: int = 0
     kept: int = 0
+    bad: int = 0
     truncated: int = 0
     too_long: int = 0
     untrained: int = 0
@@ -23,12 +25,18 @@ class Tally:
     lost_trained_tokens: int = 0
     longest: int = 0
 
+    def __add__(self, other: Tally) -> Tally:
+        """Return the tally of both."""
+        sums = {name: value + getattr(other, name) for name, value in asdict(self).items()}
+        return Tally(**{**sums, "longest": max(self.longest, other.longest)})
+
     def counts(self) -> SplitCounts:
         """Return the counts that a run reports."""
         return SplitCounts(
             rows=self.rows,
             kept=self.kept,
             dropped=self.too_long + self.untrained,
+            bad=self.bad,
             truncated=self.truncated,
             tokens=self.tokens,
             trained_tokens=self.trained_tokens,
@@ -36,31 +44,49 @@ class Tally:
         )
 
 
-def fit(example: Example, where: str, data: Data, tally: Tally, faults: Faults) -> Example | None:
-    """Apply `max_length` and `overlong` to one row, (T,) -> at most (max_length,); None: left out."""
-    length, limit = len(example.input_ids), data.max_length
-    targets = int(example.trained.sum())
+def fit(examples: Sequence[Example], where: str, data: Data, tally: Tally, faults: Faults) -> list[Example]:
+    """Apply `max_length` and `overlong` to what one row became, each (T,) -> at most (max_length,).
+
+    A pair is two examples, which are kept or left out together. With `split` a row can become several.
+    """
     tally.rows += 1
-    tally.longest = max(tally.longest, length)
-    if length > limit:
+    tally.longest = max(tally.longest, *(len(one.input_ids) for one in examples))
+    targets = sum(int(one.trained.sum()) for one in examples)
+    limit = data.max_length
+    kept = list(examples)
+    if any(len(one.input_ids) > limit for one in examples):
         if data.overlong == "error":
+            length = max(len(one.input_ids) for one in examples)
             faults.add(
                 f"{where}: {length} tokens, data.max_length is {limit} (raise it, or change data.overlong)"
             )
-            return None
+            return []
         if data.overlong == "drop":
             tally.too_long += 1
             tally.lost_trained_tokens += targets
-            return None
-        example = Example(example.input_ids[:limit], example.trained[:limit])
-        left = int(example.trained.sum())
+            return []
+        kept = [piece for one in examples for piece in _cut(one, limit, data.overlong)]
+        left = sum(int(one.trained.sum()) for one in kept)
         tally.lost_trained_tokens += targets - left
         tally.truncated += left > 0
-        targets = left
-    if not targets:
+    if not all(bool(one.trained.any()) for one in kept):
         tally.untrained += 1
-        return None
-    tally.kept += 1
-    tally.tokens += len(example.input_ids)
-    tally.trained_tokens += targets
-    return example
+        return []
+    tally.kept += len(kept) if data.overlong == "split" else 1
+    tally.tokens += sum(len(one.input_ids) for one in kept)
+    tally.trained_tokens += sum(int(one.trained.sum()) for one in kept)
+    return kept
+
+
+def _cut(example: Example, limit: int, how: str) -> list[Example]:
+    ids, trained = example.input_ids, example.trained
+    if how == "truncate_right":
+        return [Example(ids[:limit], trained[:limit])]
+    starts = [max(0, len(ids) - limit)] if how == "truncate_left" else range(0, len(ids), limit)
+    pieces = []
+    for start in starts:
+        piece = trained[start : start + limit].copy()
+        piece[:1] = False  # nothing stands before a piece's first token to predict it from
+        if how == "truncate_left" or piece.any():  # a single token at the end of a split row
+            pieces.append(Example(ids[start : start + limit], piece))
+    return pieces

@@ -16,7 +16,7 @@ from lora_cli.data.fields import fields_reader
 from lora_cli.data.messages import message, turns
 from lora_cli.data.read import RawRow
 from lora_cli.errors import InputError
-from lora_cli.recipe.schema import Data
+from lora_cli.recipe.schema import Fields
 from lora_cli.types import Conversation, Labelled, Message, Pair, Row, Text
 
 
@@ -206,14 +206,14 @@ def detect(rows: Sequence[RawRow], key: str = "data.train") -> str:
 
 
 def choose_format(
-    data: Data, rows: Sequence[RawRow], key: str = "data.train"
+    name: str, fields: Fields | None, rows: Sequence[RawRow], key: str = "data.train"
 ) -> tuple[str, Callable[[RawRow], Row]]:
-    """Return the format's name and its reader for a split whose first rows are `rows`.
+    """Return the format's name and its reader, where `rows` are the first: as `name` or `fields` says, or detected.
 
     Raises:
-        InputError: if the rows fit no format, or more than one, or `data.fields` is not valid.
+        InputError: if the rows fit no format, or more than one, or `fields` is not valid.
     """
-    if data.fields is not None:
-        return "fields", fields_reader(data.fields)
-    name = data.format if data.format != "auto" else detect(rows, key)
+    if fields is not None:
+        return "fields", fields_reader(fields)
+    name = name if name != "auto" else detect(rows, key)
     return name, FORMATS[name].read

@@ -15,7 +15,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 
 
 @lru_cache(maxsize=4)
-def load_hub(name: str, split: str) -> Any:
+def load_hub(name: str, split: str, revision: str | None = None) -> Any:
     """Load one split of a hub data set as a `datasets.Dataset`.
 
     Raises:
@@ -26,7 +26,7 @@ def load_hub(name: str, split: str) -> Any:
 
     repository, _, configuration = name.partition(":")
     try:
-        return datasets.load_dataset(repository, configuration or None, split=split)
+        return datasets.load_dataset(repository, configuration or None, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"{name}: the hub data set cannot be loaded (split {split}): {reason}") from error

@@ -11,6 +11,7 @@ together.
 from __future__ import annotations
 
 import csv
+import glob
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 from lora_cli.data.faults import Faults
 from lora_cli.data.hub import HUB_ID, load_hub
 from lora_cli.data.json_rows import Values, json_array, jsonl
-from lora_cli.data.lines import MAX_LINE_BYTES, check_start, numbered_lines
+from lora_cli.data.lines import COMPRESSED, MAX_LINE_BYTES, WHOLE, Part, check_start, numbered_lines
 from lora_cli.errors import InputError
 
 
@@ -35,61 +36,108 @@ class RawRow:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where rows come from: a local file, or a hub data set (`path` is None) and its split."""
+    """Where rows come from: a local file, or a hub data set (`path` is None) with its split and revision."""
 
     name: str
     path: Path | None
     split: str
+    revision: str | None = None
 
-    def rows(self, faults: Faults) -> Iterator[RawRow]:
-        """Yield the rows in order; bad ones are added to `faults` and left out.
+    @property
+    def separator(self) -> str:
+        """What stands between the name and the number of a row."""
+        return ": row " if self.path is None or _kind(self.path) == ".parquet" else ":"
+
+    def rows(self, faults: Faults, part: Part = WHOLE) -> Iterator[RawRow]:
+        """Yield the rows of a part in order; bad ones are added to `faults` and left out.
 
         Raises:
-            InputError: if the source as a whole cannot be read, or holds no rows.
+            InputError: if the source as a whole cannot be read, or is whole and holds no rows.
         """
         if self.path is None:
-            for index, values in enumerate(load_hub(self.name, self.split), start=1):
-                yield RawRow(dict(values), f"{self.name}: row {index}", index)
+            for index, values in enumerate(load_hub(self.name, self.split, self.revision), start=1):
+                yield RawRow(dict(values), f"{self.name}{self.separator}{index}", index)
             return
-        separator = ":" if self.path.suffix.lower() != ".parquet" else ": row "
-        reader, magic = _READERS[self.path.suffix.lower()]
+        reader, magic = _READERS[_kind(self.path)]
         try:
-            check_start(self.name, self.path, magic)
+            if not part.start:
+                check_start(self.name, self.path, magic)
             empty = True
-            for number, values in reader(self.name, self.path, faults):
+            for number, values in reader(self.name, self.path, faults, part):
                 empty = False
-                yield RawRow(values, f"{self.name}{separator}{number}", number)
+                yield RawRow(values, f"{self.name}{self.separator}{number}", number)
         except OSError as error:
             raise InputError(f"{self.name}: cannot be read: {error.strerror or error}") from error
-        if empty and not faults.count:
+        if empty and part == WHOLE and not faults.count:
             raise InputError(f"{self.name}: holds no rows (only blank lines or a header)")
 
+    def can_be_parted(self) -> bool:
+        """Say whether rows can be read from the middle of the file: one a line, and not compressed."""
+        return self.path is not None and self.path.suffix.lower() in (".jsonl", ".txt")
 
-def find_source(name: str, key: str, split: str) -> Source:
-    """Decide whether `name` is a local file or a hub id; `key` is the recipe's key, for messages.
+
+def find_sources(names: str | list[str], key: str, split: str, revision: str | None = None) -> list[Source]:
+    """Return the files and hub data sets that `names` names, in its order; `key` is the recipe's, for messages.
 
     Raises:
-        InputError: if it is neither, or the file is missing, not a regular file, or of an unknown type.
+        InputError: if one is neither, or a file is missing, not a regular file, of an unknown type, or named twice.
     """
+    found: list[Source] = []
+    for name in [names] if isinstance(names, str) else names:
+        found += _find(name, key, split, revision)
+    if not found:
+        raise InputError(f"{key}: names no file or data set (name one)")
+    twice = next((one.name for index, one in enumerate(found) if one in found[:index]), None)
+    if twice is not None:
+        raise InputError(
+            f"{key}: {twice} is named twice (leave one out; a weight in data.sources repeats rows)"
+        )
+    return found
+
+
+def _find(name: str, key: str, split: str, revision: str | None) -> list[Source]:
     path = Path(name).expanduser()
-    known = ", ".join(_READERS)
     if path.is_dir():
-        raise InputError(f"{key}: {name} is a directory (name one file: {known})")
+        inside = sorted(
+            one for one in path.rglob("*") if one.is_file() and not _hidden(one.relative_to(path))
+        )
+        files = [one for one in inside if _kind(one) in _READERS]
+        if not files:
+            raise InputError(f"{key}: {name} is a folder without rows (its files must end in {_KNOWN})")
+        return [Source(str(one), one, split) for one in files]
     if path.exists():
         if not stat.S_ISREG(path.stat().st_mode):
             raise InputError(f"{key}: {name} is not a regular file")
-        if path.suffix.lower() not in _READERS:
-            raise InputError(f"{key}: {name}: unknown file type {path.suffix!r} (known: {known})")
-        return Source(name, path, split)
+        if _kind(path) not in _READERS:
+            raise InputError(f"{key}: {name}: unknown file type {path.suffix!r} (known: {_KNOWN})")
+        return [Source(name, path, split)]
     if path.is_symlink():
         raise InputError(f"{key}: {name} is a broken symbolic link")
-    if path.suffix.lower() not in _READERS and HUB_ID.fullmatch(name):
-        return Source(name, None, split)
-    hint = f"a file that ends in {known}, or a hub id `owner/name`"
+    if any(character in name for character in "*?["):
+        matches = sorted(Path(one) for one in glob.glob(str(path), recursive=True))
+        files = [one for one in matches if one.is_file() and _kind(one) in _READERS]
+        if not files:
+            raise InputError(f"{key}: {name}: no file matches this pattern (files must end in {_KNOWN})")
+        return [Source(str(one), one, split) for one in files]
+    if _kind(path) not in _READERS and HUB_ID.fullmatch(name):
+        return [Source(name, None, split, revision)]
+    hint = f"a file that ends in {_KNOWN}, a folder of such files, or a hub id `owner/name`"
     raise InputError(f"{key}: {name}: no such file (write {hint})")
 
 
-def _csv(name: str, path: Path, faults: Faults) -> Iterator[tuple[int, Values]]:
+def _kind(path: Path) -> str:
+    """Return the ending that says how a file is read, that of a compressed one without the compression's."""
+    ending = path.suffix.lower()
+    inner = Path(path.stem).suffix.lower() if ending in COMPRESSED else ending
+    return ending if ending in COMPRESSED and inner == ".parquet" else inner
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _csv(name: str, path: Path, faults: Faults, part: Part) -> Iterator[tuple[int, Values]]:
+    assert part == WHOLE
     last = 0
 
     def text() -> Iterator[str]:
@@ -122,14 +170,15 @@ def _csv(name: str, path: Path, faults: Faults) -> Iterator[tuple[int, Values]]:
             yield number, dict(zip(header, cells, strict=True))
 
 
-def _txt(name: str, path: Path, faults: Faults) -> Iterator[tuple[int, Values]]:
-    for number, line in numbered_lines(name, path, faults):
+def _txt(name: str, path: Path, faults: Faults, part: Part) -> Iterator[tuple[int, Values]]:
+    for number, line in numbered_lines(name, path, faults, part):
         line = line.rstrip("\r\n")
         if line.strip():
             yield number, {"text": line}
 
 
-def _parquet(name: str, path: Path, _faults: Faults) -> Iterator[tuple[int, Values]]:
+def _parquet(name: str, path: Path, _faults: Faults, part: Part) -> Iterator[tuple[int, Values]]:
+    assert part == WHOLE
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -145,7 +194,7 @@ def _parquet(name: str, path: Path, _faults: Faults) -> Iterator[tuple[int, Valu
         raise InputError(f"{name}: damaged parquet file after row {number}: {reason}") from error
 
 
-_Reader = Callable[[str, Path, Faults], Iterator[tuple[int, Values]]]
+_Reader = Callable[[str, Path, Faults, Part], Iterator[tuple[int, Values]]]
 _READERS: dict[str, tuple[_Reader, bytes | None]] = {
     ".jsonl": (jsonl, None),
     ".json": (json_array, None),
@@ -153,3 +202,5 @@ _READERS: dict[str, tuple[_Reader, bytes | None]] = {
     ".parquet": (_parquet, b"PAR1"),
     ".txt": (_txt, None),
 }
+"""How files of each ending are read, and what a binary one begins with; only .jsonl and .txt can be read in parts."""
+_KNOWN = ", ".join(_READERS)

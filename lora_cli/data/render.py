@@ -6,6 +6,9 @@ whole rendering must begin with it, and the trained span runs from its end throu
 (ChatML: `<|im_end|>` is trained, the line break after it is not). So no `{% generation %}` marks are needed,
 and training and inference cannot differ.
 
+Which turns are trained is `train_on`'s choice, and the row's own (`train: false`). A turn that calls functions ends
+where the rendering of the conversation up to it ends, since the call's text is the template's own.
+
 Template `plain` is for models without one: turns stand one after the other, separated by a line break; an
 answer is followed by the end token. Between a prompt and its answer the line break is left out where the row
 brings its own white space (the prompt ends with it, or the answer begins with it), so `"Q: ...\\nA:"` and `"
@@ -19,7 +22,8 @@ control tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +32,7 @@ from lora_cli.data.special import (
     TEMPLATE_ERRORS,
     Chat,
     Terminators,
+    Tools,
     any_of,
     apply_template,
     choose_template,
@@ -36,7 +41,7 @@ from lora_cli.data.special import (
     special_tokens,
 )
 from lora_cli.errors import InputError
-from lora_cli.types import Conversation, Row, Text
+from lora_cli.types import Conversation, Text
 
 __all__ = ["BREAK", "Rendered", "Renderer", "Span", "choose_template", "settle_special_tokens"]
 
@@ -62,68 +67,110 @@ class Rendered:
     where: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A conversation as the template takes it, its control tokens broken where the user typed some."""
+
+    turns: Chat
+    tools: Tools
+    broken: bool
+    trained: frozenset[int]
+    where: str
+
+
 class Renderer:
-    """Renders rows by one tokenizer and template; `train_on` is assistant or all."""
+    """Renders rows by one tokenizer and template; `train_on` is assistant, last_assistant, completion or all."""
 
     def __init__(self, tokenizer: Any, template: str, train_on: str) -> None:
         assert template in ("model", "plain"), template
-        assert train_on in ("assistant", "all"), train_on
         self._tokenizer = tokenizer
-        self._train_all = train_on == "all"
+        self._train_on = train_on
         self._end = tokenizer.eos_token
         self._terminators = find_terminators(tokenizer) if template == "model" else None
         self.controls = special_tokens(tokenizer)
         if self._terminators is not None:
-            for text in (self._terminators.last, self._terminators.middle):
+            for text in (self._terminators.last, self._terminators.middle, self._terminators.call):
                 if text is not None:
                     self.controls[text] = int(tokenizer.convert_tokens_to_ids(text))
         self._control_pattern = any_of(self.controls)
 
-    def render(self, rows: Sequence[Row], faults: Faults) -> list[Rendered | None]:
+    def render(self, rows: Sequence[Conversation | Text], faults: Faults) -> list[Rendered | None]:
         """Return each row's text and trained spans; None for a bad row, which is added to `faults`."""
         results: list[Rendered | None] = [None] * len(rows)
-        chats: list[tuple[int, Chat, bool]] = []
+        chats: list[tuple[int, _Chat]] = []
         for index, row in enumerate(rows):
             if isinstance(row, Text):
                 results[index] = self._render_text(row)
                 continue
-            chat, broken = self._protect(row)
-            if broken and any(_RESERVED.search(message.content) for message in row.messages):
-                faults.add(
-                    f"{row.where}: holds control tokens and Unicode noncharacters (remove U+FDD0 to U+FDD2)"
-                )
-            elif self._terminators is None:
-                results[index] = self._render_plain(chat, broken, row.where)
-            else:
-                chats.append((index, chat, broken))
+            try:
+                chat = self._prepare(row)
+                if self._terminators is None:
+                    results[index] = self._render_plain(chat)
+                else:
+                    chats.append((index, chat))
+            except InputError as fault:
+                faults.add(f"{row.where}: {fault}")
         if self._terminators is not None:
-            wheres = [rows[index].where for index, _, _ in chats]
-            rendered = self._render_model([chat for _, chat, _ in chats], wheres, self._terminators, faults)
-            for (index, _, broken), found in zip(chats, rendered, strict=True):
-                if found is not None:
-                    results[index] = Rendered(found[0], found[1], False, broken, rows[index].where)
+            rendered = self._render_model([chat for _, chat in chats], self._terminators, faults)
+            for (index, _), found in zip(chats, rendered, strict=True):
+                results[index] = found
         return results
 
-    def _protect(self, row: Conversation) -> tuple[Chat, bool]:
-        """Return the messages with user-typed control tokens broken, and whether there were any."""
-        chat: Chat = []
+    def _prepare(self, row: Conversation) -> _Chat:
+        """Return the conversation with user-typed control tokens broken.
+
+        Raises:
+            InputError: it cannot be protected, or does not say what its completion is.
+        """
         broken = False
-        for message in row.messages:
-            content, count = self._control_pattern.subn(
-                lambda match: f"{match[0][0]}{BREAK}{match[0][1:]}", message.content
-            )
-            broken = broken or count > 0
-            chat.append({"role": message.role, "content": content})
-        return chat, broken
+
+        def protect(value: Any) -> Any:
+            nonlocal broken
+            if isinstance(value, str):
+                value, count = self._control_pattern.subn(
+                    lambda match: f"{match[0][0]}{BREAK}{match[0][1:]}", value
+                )
+                broken = broken or count > 0
+                return value
+            if isinstance(value, Mapping):
+                return {protect(key): protect(inner) for key, inner in value.items()}
+            return [protect(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+        turns = [
+            {"role": turn.role, "content": protect(turn.content), **protect(turn.extra)}
+            for turn in row.messages
+        ]
+        tools = protect(row.tools)
+        said = [[turn.content, dict(turn.extra)] for turn in row.messages]
+        if broken and _RESERVED.search(json.dumps(said, ensure_ascii=False)):
+            raise InputError("holds control tokens and Unicode noncharacters (remove U+FDD0 to U+FDD2)")
+        return _Chat(turns, tools, broken, self._trained_turns(row), row.where)
+
+    def _trained_turns(self, row: Conversation) -> frozenset[int]:
+        answers = [index for index, turn in enumerate(row.messages) if turn.role == "assistant"]
+        if self._train_on == "last_assistant":
+            answers = answers[-1:]
+        elif self._train_on == "completion":
+            if row.prompt_turns is None:
+                raise InputError(
+                    "objective.train_on completion needs rows that say what the completion is, such as"
+                    " prompt_completion, alpaca or data.fields (or use last_assistant)"
+                )
+            answers = [index for index in answers if index >= row.prompt_turns]
+        return frozenset(index for index in answers if row.messages[index].trained)
 
     def _render_text(self, row: Text) -> Rendered:
         text = row.text if row.text.endswith(self._end) else row.text + self._end
         return Rendered(text, ((0, len(text)),), True, False, row.where)
 
-    def _render_plain(self, chat: Chat, broken: bool, where: str) -> Rendered:
+    def _render_plain(self, chat: _Chat) -> Rendered:
+        if chat.tools or any("tool_calls" in turn for turn in chat.turns):
+            raise InputError(
+                "calls functions, which template plain cannot write (use a chat template that can)"
+            )
         text = ""
         spans: list[Span] = []
-        for message in chat:
+        for index, message in enumerate(chat.turns):
             role, content = message["role"], message["content"]
             joined = text[-1:].isspace() or (role == "assistant" and content[:1].isspace())
             if text and not joined:
@@ -132,48 +179,59 @@ class Renderer:
             text += content
             if role == "assistant":
                 text += self._end
-                spans.append((start, len(text)))
-        return Rendered(text, ((0, len(text)),) if self._train_all else tuple(spans), True, broken, where)
+                spans += [(start, len(text))] if index in chat.trained else []
+        if self._train_on == "all":
+            spans = [(0, len(text))]
+        return Rendered(text, tuple(spans), True, chat.broken, chat.where)
 
     def _apply(
-        self, chats: list[Chat], wheres: list[str], faults: Faults, *, generation_prompt: bool
+        self, chats: Sequence[_Chat], ends: Sequence[int | None], faults: Faults, *, generation_prompt: bool
     ) -> list[str | None]:
-        """Render all at once; one by one where the template refuses some, to name them."""
+        """Render each chat up to turn `end`, all at once; one by one where the template refuses some, to name them."""
+        turns = [chat.turns[:end] for chat, end in zip(chats, ends, strict=True)]
+        tools = [chat.tools for chat in chats]
         try:
-            return list(apply_template(self._tokenizer, chats, generation_prompt=generation_prompt))
+            return list(apply_template(self._tokenizer, turns, tools, generation_prompt=generation_prompt))
         except TEMPLATE_ERRORS:
             pass
         results: list[str | None] = []
-        for chat, where in zip(chats, wheres, strict=True):
+        for one, own, chat in zip(turns, tools, chats, strict=True):
             try:
-                results += apply_template(self._tokenizer, [chat], generation_prompt=generation_prompt)
+                results += apply_template(self._tokenizer, [one], [own], generation_prompt=generation_prompt)
             except TEMPLATE_ERRORS as error:
-                faults.add(f"{where}: the chat template refuses this conversation: {error}")
+                faults.add(f"{chat.where}: the chat template refuses this conversation: {error}")
                 results.append(None)
         return results
 
     def _render_model(
-        self, chats: list[Chat], wheres: list[str], terminators: Terminators, faults: Faults
-    ) -> list[tuple[str, tuple[Span, ...]] | None]:
-        texts = self._apply(chats, wheres, faults, generation_prompt=False)
-        if self._train_all:
-            return [None if text is None else (text, ((0, len(text)),)) for text in texts]
-        turns = [
+        self, chats: Sequence[_Chat], terminators: Terminators, faults: Faults
+    ) -> list[Rendered | None]:
+        texts = self._apply(chats, [None] * len(chats), faults, generation_prompt=False)
+        if self._train_on == "all":
+            return [
+                None if text is None else Rendered(text, ((0, len(text)),), False, chat.broken, chat.where)
+                for chat, text in zip(chats, texts, strict=True)
+            ]
+        answers = [
             (row, turn)
             for row, chat in enumerate(chats)
             if texts[row] is not None
-            for turn, message in enumerate(chat)
+            for turn, message in enumerate(chat.turns)
             if message["role"] == "assistant"
         ]
         # k turns are rendered k + 1 times; a rendering costs about a twentieth of encoding the same text.
-        heads = self._apply(
-            [chats[row][:turn] for row, turn in turns],
-            [wheres[row] for row, _ in turns],
-            faults,
-            generation_prompt=True,
+        ends = [turn for _, turn in answers]
+        heads = self._apply([chats[row] for row, _ in answers], ends, faults, generation_prompt=True)
+        calls = [(row, turn) for row, turn in answers if "tool_calls" in chats[row].turns[turn]]
+        upto = self._apply(
+            [chats[row] for row, _ in calls],
+            [turn + 1 for _, turn in calls],
+            Faults(""),
+            generation_prompt=False,
         )
-        spans: list[list[Span] | None] = [[] for _ in chats]
-        for (row, turn), head in zip(turns, heads, strict=True):
+        wholes = dict(zip(calls, upto, strict=True))
+        spans: list[list[tuple[int, Span]] | None] = [[] for _ in chats]
+        for (row, turn), head in zip(answers, heads, strict=True):
             found, text = spans[row], texts[row]
             if found is None or text is None:
                 continue
@@ -181,22 +239,40 @@ class Renderer:
                 spans[row] = None
                 continue
             try:
-                found.append(
-                    _turn_span(text, head, chats[row], turn, terminators, found[-1][1] if found else 0)
+                before = found[-1][1][1] if found else 0
+                span = _turn_span(
+                    text, head, chats[row].turns, turn, terminators, before, wholes.get((row, turn))
                 )
+                found.append((turn, span))
             except InputError as fault:
-                faults.add(f"{wheres[row]}: {fault}")
+                faults.add(f"{chats[row].where}: {fault}")
                 spans[row] = None
         return [
-            None if text is None or found is None else (text, tuple(found))
-            for text, found in zip(texts, spans, strict=True)
+            None
+            if text is None or found is None
+            else Rendered(
+                text,
+                tuple(span for turn, span in found if turn in chat.trained),
+                False,
+                chat.broken,
+                chat.where,
+            )
+            for chat, text, found in zip(chats, texts, spans, strict=True)
         ]
 
 
 def _turn_span(
-    text: str, head: str, chat: Chat, turn: int, terminators: Terminators, previous_end: int
+    text: str,
+    head: str,
+    chat: Chat,
+    turn: int,
+    terminators: Terminators,
+    previous_end: int,
+    whole: str | None,
 ) -> Span:
     """Return where in `text` the assistant turn `turn` is trained; `head` is what inference feeds before it.
+
+    `whole` is the rendering up to and with the turn, where the turn calls functions.
 
     Raises:
         InputError: if the template is not consistent with itself for this conversation.
@@ -209,6 +285,14 @@ def _turn_span(
         )
     start = len(head)
     is_last = turn == len(chat) - 1
+    if "tool_calls" in chat[turn]:
+        known = [one for one in (terminators.call, terminators.last, terminators.middle) if one is not None]
+        end = len(whole.rstrip()) if whole is not None and text.startswith(whole.rstrip()) else -1
+        if end < start or not text[:end].endswith(tuple(known)):
+            raise InputError(
+                f"turn {turn + 1}: the chat template does not write this function call with a terminator after it"
+            )
+        return start, end
     terminator = terminators.last if is_last else terminators.middle
     answer = chat[turn]["content"].strip()
     place = text.find(answer, start)

@@ -9,7 +9,7 @@ learn to write and generation must stop at. It often differs from the end token 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ import jinja2
 
 from lora_cli.errors import InputError
 
-Chat = list[dict[str, str]]
+Chat = list[dict[str, Any]]
+"""Turns as chat templates take them: `role`, `content`, and what else a message has."""
+Tools = Sequence[Mapping[str, Any]]
 
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
 """What a template can raise while it is rendered: Jinja's own errors, and Python's from its expressions."""
@@ -29,14 +31,27 @@ _PROBE: Chat = [
     {"role": "user", "content": "Second probe of lora-cli."},
     {"role": "assistant", "content": "Second reply of lora-cli."},
 ]
+_CALL = {"type": "function", "function": {"name": "probe", "arguments": {"of": "lora-cli"}}}
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {"of": {"type": "string"}}},
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Terminators:
-    """Control tokens that a chat template writes after an answer; `middle`: where another turn follows."""
+    """Control tokens that a chat template writes after an answer.
+
+    `middle`: where another turn follows. `call`: after an answer that calls a function, where templates can do that.
+    """
 
     last: str
     middle: str | None
+    call: str | None = None
 
 
 def any_of(strings: Iterable[str]) -> re.Pattern[str]:
@@ -50,17 +65,21 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     return {token.content: int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def apply_template(tokenizer: Any, chats: Sequence[Chat], *, generation_prompt: bool) -> list[str]:
-    """Render conversations by the tokenizer's chat template, in transformers' own sandbox.
+def apply_template(
+    tokenizer: Any, chats: Sequence[Chat], tools: Sequence[Tools] | None = None, *, generation_prompt: bool
+) -> list[str]:
+    """Render conversations by the tokenizer's chat template, in transformers' own sandbox; `tools` for each of them.
 
     Raises:
         TEMPLATE_ERRORS: if the template refuses one of them.
     """
-    if not chats:
-        return []
-    return list(
-        tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=generation_prompt)
-    )
+    settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation_prompt}
+    if tools is None or not any(tools):
+        return list(tokenizer.apply_chat_template(list(chats), **settings)) if chats else []
+    return [
+        str(tokenizer.apply_chat_template(chat, tools=[dict(one) for one in own] or None, **settings))
+        for chat, own in zip(chats, tools, strict=True)
+    ]
 
 
 def find_terminators(tokenizer: Any) -> Terminators:
@@ -89,7 +108,21 @@ def find_terminators(tokenizer: Any) -> Terminators:
     middle = _first_control(tokenizer, text[ends[1] : places[2]])
     if middle != last and middle is not None and middle in text[: places[0]]:
         middle = None  # it opens the next user turn, as it opened the first
-    return Terminators(last, middle)
+    return Terminators(last, middle, _call_terminator(tokenizer))
+
+
+def _call_terminator(tokenizer: Any) -> str | None:
+    """Return what the template writes after an answer that calls a function, None where it cannot write one."""
+    chat: Chat = [_PROBE[0], {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
+    try:
+        (text,) = apply_template(tokenizer, [chat], [[_TOOL]], generation_prompt=False)
+    except TEMPLATE_ERRORS:
+        return None
+    call = text.rfind("lora-cli")
+    if call < text.find(_PROBE[0]["content"]) + len(_PROBE[0]["content"]):
+        return None  # it passes over the call
+    controls = any_of(special_tokens(tokenizer)).findall(text, call)
+    return controls[-1] if controls and text.rstrip().endswith(controls[-1]) else None
 
 
 def _first_control(tokenizer: Any, text: str) -> str | None:
@@ -133,7 +166,7 @@ def settle_special_tokens(tokenizer: Any, template: str) -> tuple[int, tuple[int
     stops = [int(eos)]
     if choose_template(tokenizer, template) == "model":
         found = find_terminators(tokenizer)
-        for text in (found.last, found.middle):
+        for text in (found.last, found.middle, found.call):
             if text is not None:
                 stops.append(int(tokenizer.convert_tokens_to_ids(text)))
     stop_ids = tuple(dict.fromkeys(stops))

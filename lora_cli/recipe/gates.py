@@ -84,7 +84,7 @@ def check_computable(gates: Sequence[Gate], recipe: Recipe) -> None:
     problems = []
     for gate in gates:
         metric = METRIC_OF_SCORE[gate.name]
-        if recipe.data.eval is None:
+        if not recipe.data.holds_out():
             problems.append(f"{gate}: there are no held-out rows to score (set data.eval)")
         elif metric not in recipe.evaluate.metrics:
             problems.append(f"{gate}: {gate.name} is not computed (add {metric} to evaluate.metrics)")

@@ -15,8 +15,10 @@ from lora_cli.recipe.schema import Recipe
 
 JsonSchema = dict[str, Any]
 
-MAX_LEVELS = 4
-"""Blocks nest no deeper than this; `data.fields.prompt` has three levels."""
+MAX_LEVELS = 6
+"""Blocks nest no deeper than this; `data.sources.NAME.fields.prompt` has five levels."""
+ANY_NAME = "*"
+"""Stands in a path for a name of the user's own: `data.sources.*.weight`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,17 @@ def all_keys() -> tuple[Key, ...]:
 
 def keys_at(path: str, variant: str | None = None) -> list[Key]:
     """Return the keys at a path, only those of `variant` where one is given and the path has variants."""
-    found = [key for key in all_keys() if key.path == path]
+    found = [key for key in all_keys() if _same(key.path, path)]
     return [key for key in found if variant is None or key.variant in (None, variant)]
+
+
+def _same(known: str, path: str) -> bool:
+    if ANY_NAME not in known:
+        return known == path
+    parts, names = known.split("."), path.split(".")
+    return len(parts) == len(names) and all(
+        one in (ANY_NAME, name) for one, name in zip(parts, names, strict=True)
+    )
 
 
 def entry_of(mapping: Key) -> str:
@@ -155,6 +166,11 @@ def _walk(prefix: str, variant: str | None, schema: JsonSchema) -> Iterator[Key]
         blocks = [option for option in options_of(value) if "properties" in option]
         yield Key(path, variant, value, name in required, is_block=bool(blocks))
         choosing = [option["discriminator"] for option in options_of(value) if "discriminator" in option]
+        for option in options_of(value):
+            entry = option.get("additionalProperties")
+            if isinstance(entry, dict) and "properties" in (block := _resolve(entry)):
+                yield Key(f"{path}.{ANY_NAME}", variant, block, required=False, is_block=True)
+                yield from _walk(f"{path}.{ANY_NAME}", variant, block)
         for block in blocks:
             chosen = block["properties"][choosing[0]["propertyName"]]["const"] if choosing else variant
             yield from _walk(path, chosen, block)

@@ -20,6 +20,9 @@ from lora_cli.recipe.adapter_blocks import DoraAdapter as DoraAdapter
 from lora_cli.recipe.adapter_blocks import FullAdapter as FullAdapter
 from lora_cli.recipe.adapter_blocks import ReloraAdapter as ReloraAdapter
 from lora_cli.recipe.adapter_blocks import VeraAdapter as VeraAdapter
+from lora_cli.recipe.data_block import Data as Data
+from lora_cli.recipe.data_block import DataSource as DataSource
+from lora_cli.recipe.data_block import Fields as Fields
 from lora_cli.recipe.lora_block import LoraAdapter as LoraAdapter
 from lora_cli.recipe.lora_block import QloraAdapter as QloraAdapter
 from lora_cli.recipe.section import Conflict as Conflict
@@ -44,62 +47,14 @@ class Model(Section):
     the base is not quantized."""
 
 
-class Fields(Section):
-    """Templates that turn any row into a prompt and its completion; `{name}` is replaced by the row's column."""
-
-    prompt: str
-    """What the model is given, e.g. `"{question}"`."""
-    completion: str
-    """What the model must answer, e.g. `"{answer}"`."""
-    system: str | None = None
-    """System message before the prompt. null: none."""
-
-
-class Data(Section):
-    """Where rows come from and how they become tokens."""
-
-    train: str | None = None
-    """Training rows: a .jsonl, .json, .csv, .parquet or .txt file, or a hub data set id
-    (`owner/name`, or `owner/name:configuration`). Required to train."""
-    eval: str | None = None
-    """Held-out rows, same choices. null: no held-out evaluation."""
-    train_split: str = "train"
-    """Split of a hub data set that is trained on. Not used for files."""
-    eval_split: str = "test"
-    """Split of a hub data set that is held out. Not used for files."""
-    format: Literal["auto", "text", "prompt_completion", "alpaca", "chat"] = "auto"
-    """How to read a row. auto: decided from the first rows, and stated in the log."""
-    fields: Fields | None = None
-    """Column templates for rows of any other shape; with it, `format` stays `auto`."""
-    template: Literal["auto", "model", "plain"] = "auto"
-    """How a conversation becomes text. model: the tokenizer's chat template. plain: prompt, then answer, then the
-    end token. auto: model where the tokenizer has a template, else plain. Text rows are never templated."""
-    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
-    """Longest row, in tokens."""
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to longer rows. drop: left out and counted. truncate: cut at the right, the lost trained tokens
-    counted. error: stop and name the row."""
-    max_train_rows: PositiveInt | None = None
-    """Use only the first so many training rows. null: all."""
-    max_eval_rows: PositiveInt | None = None
-    """Use only the first so many held-out rows. null: all."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield every broken rule that joins keys of this block."""
-        if self.fields is not None and self.format != "auto":
-            message = (
-                f"found {self.format}, but data.fields already says how to read a row (remove one of them)"
-            )
-            yield Conflict("data.format", message, reads=("data.fields",))
-
-
 class SftObjective(Section):
     """Supervised fine-tuning: cross-entropy of the trained tokens."""
 
     name: Literal["sft"] = "sft"
     """Which loss is minimised."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens are trained. assistant: every assistant turn and its terminator. all: every token of the row."""
+    train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
+    """Which tokens are trained. assistant: every assistant turn and its terminator. last_assistant: the last one alone.
+    completion: those after the prompt, for rows that say what their prompt is. all: every token of the row."""
 
 
 Objective = SftObjective
@@ -239,12 +194,12 @@ class Recipe(Section):
             message = "found peft, but full fine-tuning has no adapter to write (use merged)"
             yield Conflict("export.formats", message, reads=("adapter.method",))
         yield from self._quantization_conflicts()
-        if self.data.eval is None and self.train.eval_every is not None:
+        if not self.data.holds_out() and self.train.eval_every is not None:
             message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"
             yield Conflict("train.eval_every", message, reads=("data.eval",))
 
         if "exact_match" in self.evaluate.metrics:
-            if self.data.eval is None:
+            if not self.data.holds_out():
                 message = "found exact_match, but there are no held-out rows (set data.eval)"
                 yield Conflict("evaluate.metrics", message, reads=("data.eval",))
             if self.data.format == "text":

@@ -110,13 +110,23 @@ def _public_recipe(recipe: Recipe) -> str:
     """Return the recipe with folders cut to their last part, since a card is published."""
     data = recipe.data.model_copy(
         update={
-            "train": recipe.data.train and _public(recipe.data.train),
-            "eval": recipe.data.eval and _public(recipe.data.eval),
+            "train": _public_names(recipe.data.train),
+            "eval": _public_names(recipe.data.eval),
+            "sources": {
+                name: source.model_copy(update={"path": _public_names(source.path)})
+                for name, source in recipe.data.sources.items()
+            },
         }
     )
     model = recipe.model.model_copy(update={"base": _public(recipe.model.base)})
     run = recipe.run.model_copy(update={"output": Path(recipe.run.output).name})
     return dump_recipe(recipe.model_copy(update={"data": data, "model": model, "run": run}))
+
+
+def _public_names(names: str | list[str] | None) -> str | list[str] | None:
+    if names is None or isinstance(names, str):
+        return names and _public(names)
+    return [_public(name) for name in names]
 
 
 def _public(name: str) -> str:

@@ -78,8 +78,8 @@ class GradientStep:
         (loss,) = rt.sum([loss])
         norm = self.optimizer.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
-            lines = sorted(self.examples.line(row) for row in suspect.rows) if suspect else []
-            where = f"lines {lines} of data.train" if suspect else "the gradient, or another process' rows"
+            rows_at = sorted(self.examples.where(row) for row in suspect.rows) if suspect else []
+            where = ", ".join(rows_at) if suspect else "the gradient, or another process' rows"
             raise DivergedError(
                 f"step {state.step + 1}: the loss is {loss:g} and the gradient norm {float(norm):g}, from {where};"
                 " the update was not applied (lower train.learning_rate, or look at these rows)"

@@ -72,7 +72,7 @@ def plan(settings: Evaluate, prepared: Prepared) -> int:
     """
     if "exact_match" not in settings.metrics or prepared.eval is None:
         return 0
-    if prepared.formats["eval"] == "text":
+    if "text" in prepared.formats["eval"].split(", "):
         raise InputError(
             "evaluate.metrics: exact_match needs answers, but the rows of data.eval are plain text"
         )
@@ -150,7 +150,7 @@ class _Scorer:
         with path.open("w", encoding="utf-8") as file:
             for index, (row, prompt, reference) in enumerate(self.generated):
                 line = {
-                    "line": self.examples.line(row),
+                    "row": self.examples.where(row),
                     "prompt": self.prepared.tokenizer.decode(prompt.tolist()),
                     "reference": reference,
                     "base": base[index] if base else None,

@@ -1,36 +1,31 @@
-"""Stage 1: rows -> conversations -> text -> tokens and trained mask -> a memory-mapped data set.
+"""Stage 1: rows -> conversations -> text -> tokens and trained mask -> memory-mapped data sets.
 
-The main process tokenizes a split, unless a cache of the same content exists; the others wait and open it.
-Rows are streamed in chunks, so memory does not grow with the file. Bad rows stop the stage with the first
-five of them named, and leave no cache behind.
+The main process tokenizes what has no cache of the same content yet; the others wait and open it. Bad rows stop the
+stage with the first five of them named, or are skipped and counted, as the recipe says.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from lora_cli.data.cache import CacheWriter, TokenCache, cache_root, fingerprint
-from lora_cli.data.faults import Faults
-from lora_cli.data.fit import Tally, fit
-from lora_cli.data.formats import choose_format
-from lora_cli.data.head import HEAD_ROWS, split_source
-from lora_cli.data.hub import load_hub
-from lora_cli.data.read import RawRow, Source
-from lora_cli.data.render import Renderer, choose_template, settle_special_tokens
-from lora_cli.data.tokens import Encoder, backend_json
+import numpy as np
+
+from lora_cli.data.cache import TokenCache, cache_root
+from lora_cli.data.dataset import CachedPart, Dataset, hold_out, mix, overlap
+from lora_cli.data.faults import SHOWN, Faults
+from lora_cli.data.fit import Tally
+from lora_cli.data.formats import FORMATS, choose_format
+from lora_cli.data.head import HEAD_ROWS, Origin, origins
+from lora_cli.data.read import Source
+from lora_cli.data.render import choose_template, settle_special_tokens
+from lora_cli.data.tokenize import Reading, Task, Tokenization, parts_of, run_all
 from lora_cli.errors import InputError
 from lora_cli.recipe.schema import Data
-from lora_cli.types import Example, Prepared, Row, Text
-
-CHUNK_ROWS, CHUNK_CHARACTERS = 512, 1_000_000
-"""Most that is rendered and encoded together: enough to keep all cores busy, little enough to hold in memory (an
-encoded token takes about 100 bytes until it is written)."""
+from lora_cli.types import Conversation, Prepared, Text
 
 Split = Literal["train", "eval"]
 
@@ -41,15 +36,44 @@ class Processes(Protocol):
     def in_main(self, work: Callable[[], None]) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Job:
-    """One split to prepare."""
+    """One origin of rows: how it is read, and its parts with their caches."""
 
-    split: Split
-    source: Source
-    format: str
-    read: Callable[[RawRow], Row]
-    max_rows: int | None
+    origin: Origin
+    reading: Reading
+    detected: bool
+    tasks: list[tuple[Source, Task]] = field(default_factory=list)
+    parts: list[CachedPart] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+
+    def open(self) -> None:
+        """Open the caches, unless they are open.
+
+        Raises:
+            InputError: if one is not there any more.
+        """
+        if self.parts:
+            return
+        try:
+            self.parts = [
+                CachedPart(
+                    TokenCache(task.folder, check=False),
+                    source.name,
+                    source.separator,
+                    task.part.first_line - 1,
+                )
+                for source, task in self.tasks
+            ]
+        except ValueError as error:
+            raise InputError(
+                f"{error} (the token cache disappeared while it was used; start again)"
+            ) from error
+        self.tally = sum((Tally(**part.cache.meta["tally"]) for part in self.parts), Tally())
+
+    def bad_lines(self) -> list[str]:
+        """Return the messages of the first bad rows that were skipped."""
+        return [line for part in self.parts for line in part.cache.meta["bad lines"]][:SHOWN]
 
 
 def run(
@@ -60,204 +84,205 @@ def run(
     log: Callable[[str], None],
     *,
     need_train: bool = True,
+    consumes: tuple[type, ...] = (Conversation, Text),
 ) -> Prepared:
     """Prepare the recipe's splits; without `need_train` only the held-out one.
 
-    `tokenizer` is a transformers fast tokenizer, left as it is; `log` receives one line per split.
+    `tokenizer` is a transformers fast tokenizer, left as it is; `log` receives one line per origin of rows. `consumes`
+    are the kinds of rows that the objective can use.
 
     Raises:
         InputError: if a split that is needed is not set, cannot be read, has bad rows, or none to train on.
         ResourceError: if the cache does not fit on the disk.
     """
-    jobs = _find_jobs(data, need_train=need_train)
+    jobs = _find_jobs(data, need_train=need_train, consumes=consumes)
     # Text rows are never templated, so for them a template without terminator is no fault.
-    templated = any(job.format != "text" for job in jobs)
+    templated = any(job.reading.format != "text" for job in jobs)
     template = choose_template(tokenizer, data.template) if templated else "plain"
     pad_id, stop_ids = settle_special_tokens(tokenizer, template)
-    worker = _Worker(data, train_on, tokenizer, template)
-    folders = {job.split: worker.folder(job) for job in jobs}
+    tokenization = Tokenization(data, train_on, tokenizer, template)
+    for job in jobs:
+        job.tasks = _tasks(job, tokenization)
 
-    def build() -> None:
-        for job in jobs:
-            worker.ensure(job, log)
-
-    rt.in_main(build)
-    opened = {split: _open(folder) for split, folder in folders.items()}
+    rt.in_main(lambda: _ensure(jobs, tokenization, log))
+    splits = _select(data, jobs)
+    if "train" in splits and "eval" in splits:
+        rt.in_main(lambda: _warn_of_overlap(splits["train"], splits["eval"], log))
     return Prepared(
-        train=opened.get("train"),
-        eval=opened.get("eval"),
+        train=splits.get("train"),
+        eval=splits.get("eval"),
         tokenizer=tokenizer,
         pad_id=pad_id,
         stop_ids=stop_ids,
-        formats={job.split: job.format for job in jobs},
+        formats={split: _formats(jobs, split) for split in splits},
         template=template,
-        counts={split: Tally(**cache.meta["tally"]).counts() for split, cache in opened.items()},
+        counts={job.origin.key.removeprefix("data."): job.tally.counts() for job in jobs},
     )
 
 
-def _find_jobs(data: Data, *, need_train: bool) -> list[_Job]:
+def _find_jobs(data: Data, *, need_train: bool, consumes: tuple[type, ...]) -> list[_Job]:
     jobs: list[_Job] = []
-    splits: tuple[Split, ...] = ("train", "eval") if need_train else ("eval",)
+    splits: list[Split] = ["train"] if need_train or data.eval is None else []
+    splits += ["eval"] if data.eval is not None else []
     for split in splits:
-        source = split_source(data, split)
-        if source is None:
-            if split == splits[0]:
-                raise InputError(f"data.{split}: not set (name a file or a hub data set)")
-            continue
-        faults = Faults(source.name)
-        head = list(islice(source.rows(faults), HEAD_ROWS))
-        if not head:
-            faults.raise_if_any()
-        name, read = choose_format(data, head, f"data.{split}")
-        jobs.append(
-            _Job(split, source, name, read, data.max_train_rows if split == "train" else data.max_eval_rows)
-        )
+        found = origins(data, split)
+        if not found:
+            raise InputError(f"data.{split}: not set (name a file or a hub data set)")
+        jobs += [_Job(origin, *_reading(origin, consumes)) for origin in found]
     return jobs
 
 
-def _open(folder: Path) -> TokenCache:
-    try:
-        return TokenCache(folder, check=False)
-    except ValueError as error:
-        raise InputError(f"{folder}: the token cache disappeared while it was used (start again)") from error
+def _reading(origin: Origin, consumes: tuple[type, ...]) -> tuple[Reading, bool]:
+    """Return how an origin's rows are read, and whether that was found out from the first of them."""
+    source = origin.sources[0]
+    faults = Faults(source.name)
+    head = list(islice(source.rows(faults), HEAD_ROWS))
+    if not head:
+        faults.raise_if_any()
+    name, _ = choose_format(origin.format, origin.fields, head, origin.key)
+    makes = Conversation if origin.fields else FORMATS[name].makes
+    if makes not in consumes:
+        raise InputError(
+            f"{origin.key}: {source.name}: its rows are {_KINDS[makes.__name__]} ({name}), which this objective cannot"
+            " learn from (give conversations, prompts with completions, or texts)"
+        )
+    return Reading(name, origin.fields), origin.format == "auto" and origin.fields is None
 
 
-@dataclass(slots=True)
-class _Worker:
-    """The settings that all splits share."""
+_KINDS = {
+    "Pair": "preference pairs",
+    "Labelled": "labelled answers",
+    "Text": "texts",
+    "Conversation": "conversations",
+}
 
-    data: Data
-    train_on: str
-    tokenizer: Any
-    template: str
-    _tokenizer_parts: dict[str, str] = field(default_factory=dict)
-    _names: dict[Split, str] = field(default_factory=dict)
-    _tools: tuple[Renderer, Encoder] | None = None
 
-    def name(self, job: _Job) -> str:
-        """Return the fingerprint of all that decides the split's tokens."""
-        if not self._tokenizer_parts:
-            self._tokenizer_parts = {
-                "tokenizer": hashlib.sha256(backend_json(self.tokenizer).encode()).hexdigest(),
-                "special tokens": repr(sorted(self.tokenizer.special_tokens_map.items())),
-                "chat template": repr(self.tokenizer.chat_template),
-            }
-        if job.split not in self._names:
-            self._names[job.split] = fingerprint(
-                self._tokenizer_parts
-                | {
-                    "data": _content(job.source),
-                    "format": f"{job.format} {self.data.fields!r}",
-                    "template": f"{self.template} {self.train_on}",
-                    "length": f"{self.data.max_length} {self.data.overlong}",
-                    "rows": repr(job.max_rows),
-                }
-            )
-        return self._names[job.split]
+def _tasks(job: _Job, tokenization: Tokenization) -> list[tuple[Source, Task]]:
+    tasks = []
+    most = job.origin.max_rows
+    for source in job.origin.sources:
+        for part, content in parts_of(source, whole=most is not None):
+            name = tokenization.name(job.reading, content, most)
+            tasks.append((source, Task(source, part, job.reading, most, cache_root() / name[:32], name)))
+    return tasks
 
-    def folder(self, job: _Job) -> Path:
-        """Return where the split's cache is or will be."""
-        return cache_root() / self.name(job)[:32]
 
-    def ensure(self, job: _Job, log: Callable[[str], None]) -> None:
-        """Build the split's cache unless a sound one is there, and log what it holds."""
+def _ensure(jobs: list[_Job], tokenization: Tokenization, log: Callable[[str], None]) -> None:
+    """Tokenize what has no sound cache, and log what each origin holds.
+
+    Raises:
+        InputError: if there are bad rows, more of them than may be skipped, or none that can be used.
+    """
+    data = tokenization.data
+    for job in jobs:
         began = time.monotonic()
-        folder = self.folder(job)
-        try:
-            cache, origin = TokenCache(folder, check=True), "cached"
-        except ValueError:
-            self._build(job, folder)
-            cache, origin = _open(folder), f"{time.monotonic() - began:.1f} s"
-        log(self._line(job, Tally(**cache.meta["tally"]), origin))
-
-    def _build(self, job: _Job, folder: Path) -> None:
-        tally = Tally()
-        faults = Faults(job.source.name)
-        before = _state(job.source)
-        with CacheWriter(folder, self.name(job)) as writer:
-            for raw, example in self._examples(job, faults):
-                kept = fit(example, raw.where, self.data, tally, faults)
-                if kept is not None:
-                    writer.add(kept, raw.number)
+        missing = [task for _, task in job.tasks if not _is_sound(task, skips=data.on_bad_row == "skip")]
+        faults = Faults(job.origin.key)
+        for outcome in run_all(tokenization, missing):
+            if outcome.fault is not None:
+                raise outcome.fault
+            faults.join(outcome.tally.bad, outcome.bad_lines)
+        if data.on_bad_row == "stop":
             faults.raise_if_any()
-            if _state(job.source) != before:
-                raise InputError(f"{job.source.name}: changed while it was read (start again)")
-            if not tally.kept:
-                raise InputError(self._nothing_left(job, tally))
-            writer.publish({"tally": asdict(tally)})
-
-    def _examples(self, job: _Job, faults: Faults) -> Iterator[tuple[RawRow, Example]]:
-        if self._tools is None:  # half a second for a large vocabulary, so only where rows must be tokenized
-            renderer = Renderer(self.tokenizer, self.template, self.train_on)
-            self._tools = renderer, Encoder(self.tokenizer, renderer.controls)
-        renderer, encoder = self._tools
-        for pairs in _chunks(islice(job.source.rows(faults), job.max_rows), job.read, faults):
-            rendered = renderer.render([row for _, row in pairs], faults)
-            good = [(raw, text) for (raw, _), text in zip(pairs, rendered, strict=True) if text is not None]
-            yield from zip((raw for raw, _ in good), encoder.encode([text for _, text in good]), strict=True)
-
-    def _nothing_left(self, job: _Job, tally: Tally) -> str:
-        if tally.longest > self.data.max_length:
-            remedy = (
-                "raise it" if self.data.overlong == "truncate" else "raise it, or let data.overlong truncate"
-            )
-            return (
-                f"data.{job.split}: {job.source.name}: none of {tally.rows} rows can be used with "
-                f"data.max_length {self.data.max_length}: the longest has {tally.longest} tokens ({remedy})"
-            )
-        return f"data.{job.split}: {job.source.name}: none of {tally.rows} rows has a token to train"
-
-    def _line(self, job: _Job, tally: Tally, origin: str) -> str:
-        detected = " (detected)" if self.data.format == "auto" and self.data.fields is None else ""
-        template = "untemplated" if job.format == "text" else f"template {self.template}"
-        parts = [f"{tally.kept:,} of {tally.rows:,} rows kept"]
-        if tally.too_long:
-            parts.append(f"{tally.too_long:,} dropped (longer than {self.data.max_length} tokens)")
-        if tally.untrained:
-            parts.append(f"{tally.untrained:,} dropped (nothing to train)")
-        if tally.truncated:
-            parts.append(f"{tally.truncated:,} truncated to {self.data.max_length} tokens")
-        parts.append(f"{tally.tokens:,} tokens, {tally.trained_tokens:,} trained")
-        if tally.lost_trained_tokens:
-            parts.append(f"{tally.lost_trained_tokens:,} trained tokens lost")
-        name = job.source.path.name if job.source.path else job.source.name
-        return f"data.{job.split}: {name}: {job.format}{detected}, {template}: {', '.join(parts)}; {origin}"
+        job.open()
+        if job.tally.bad > data.max_bad_rows * (job.tally.rows + job.tally.bad):
+            raise InputError([*job.bad_lines(), _too_many(job, data)])
+        if not job.tally.kept:
+            raise InputError(_nothing_left(job, data))
+        log(_line(job, tokenization, f"{time.monotonic() - began:.1f} s" if missing else "cached"))
 
 
-def _chunks(
-    raw_rows: Iterator[RawRow], read: Callable[[RawRow], Row], faults: Faults
-) -> Iterator[list[tuple[RawRow, Row]]]:
-    """Yield rows as they are read, in pieces of bounded size; a row that cannot be read joins the faults."""
-    chunk: list[tuple[RawRow, Row]] = []
-    characters = 0
-    for raw in raw_rows:
-        try:
-            row = read(raw)
-        except InputError as fault:
-            faults.add(fault)
-            continue
-        chunk.append((raw, row))
-        characters += len(row.text) if isinstance(row, Text) else sum(len(m.content) for m in row.messages)
-        if len(chunk) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _content(source: Source) -> str:
-    """Return what identifies the source's content."""
-    if source.path is None:
-        return f"{source.name} {source.split} {load_hub(source.name, source.split)._fingerprint}"
+def _is_sound(task: Task, *, skips: bool) -> bool:
     try:
-        with source.path.open("rb") as file:
-            return f"{source.path.suffix.lower()} {hashlib.file_digest(file, 'sha256').hexdigest()}"
-    except OSError as error:
-        raise InputError(f"{source.name}: cannot be read: {error.strerror or error}") from error
+        cache = TokenCache(task.folder, check=True)
+    except ValueError:
+        return False
+    return skips or not cache.meta["tally"]["bad"]
 
 
-def _state(source: Source) -> tuple[int, int] | None:
-    if source.path is None:
-        return None
-    stat = source.path.stat()
-    return stat.st_size, stat.st_mtime_ns
+def _select(data: Data, jobs: list[_Job]) -> dict[str, Dataset]:
+    """Return the rows of each split."""
+    parts: dict[str, list[CachedPart]] = {"train": [], "eval": []}
+    rows: dict[str, list[np.ndarray]] = {"train": [], "eval": []}
+    for job in jobs:
+        job.open()
+        split = "eval" if job.origin.key == "data.eval" else "train"
+        before = sum(len(part.cache) for part in parts[split])
+        count = sum(len(part.cache) for part in job.parts)
+        rows[split].append(before + np.arange(min(count, job.origin.max_rows or count)))
+        parts[split] += job.parts
+    splits: dict[str, Dataset] = {}
+    if rows["eval"]:
+        splits["eval"] = Dataset(parts["eval"], np.concatenate(rows["eval"]))
+    if not rows["train"]:
+        return splits
+    everything = Dataset(parts["train"], np.concatenate(rows["train"]))
+    chosen = rows["train"]
+    if data.eval_fraction is not None or data.eval_rows is not None:
+        held = np.zeros(everything.rows.max() + 1, dtype=np.bool_)
+        held[everything.rows] = hold_out(everything.identities, data.eval_fraction, data.eval_rows)
+        splits["eval"] = Dataset(parts["train"], everything.rows[held[everything.rows]][: data.max_eval_rows])
+        chosen = [one[~held[one]] for one in chosen]
+        if not len(splits["eval"]) or not all(map(len, chosen)):
+            raise InputError(
+                f"data.{'eval_rows' if data.eval_rows else 'eval_fraction'}: leaves {len(splits['eval'])} rows to"
+                f" evaluate and {sum(map(len, chosen))} to train (both are needed; change it, or set data.eval)"
+            )
+    weights = [job.origin.weight for job in jobs if job.origin.key != "data.eval"]
+    given = [weight for weight in weights if weight is not None]
+    splits["train"] = Dataset(parts["train"], mix(chosen, given) if given else np.concatenate(chosen))
+    return splits
+
+
+def _warn_of_overlap(train: Dataset, held_out: Dataset, log: Callable[[str], None]) -> None:
+    found = overlap(train, held_out)
+    if found:
+        mine, theirs = found[0]
+        log(
+            f"warning: {len(found):,} of {len(held_out):,} held-out rows are trained on as well, so their scores say"
+            f" little (first: {held_out.where(mine)} is {train.where(theirs)})"
+        )
+
+
+def _formats(jobs: list[_Job], split: str) -> str:
+    own = {job.reading.format for job in jobs if (job.origin.key == "data.eval") is (split == "eval")}
+    return ", ".join(sorted(own or {job.reading.format for job in jobs}))
+
+
+def _too_many(job: _Job, data: Data) -> str:
+    total = job.tally.rows + job.tally.bad
+    return (
+        f"{job.origin.key}: {job.tally.bad} of {total} rows are bad, more than data.max_bad_rows"
+        f" {data.max_bad_rows:g} allows (mend them, or raise it)"
+    )
+
+
+def _nothing_left(job: _Job, data: Data) -> str:
+    tally, place = job.tally, f"{job.origin.key}: {job.origin.title}"
+    if tally.longest > data.max_length:
+        remedy = "raise it, or let data.overlong truncate" if data.overlong == "drop" else "raise it"
+        return (
+            f"{place}: none of {tally.rows} rows can be used with data.max_length {data.max_length}: the longest has"
+            f" {tally.longest} tokens ({remedy})"
+        )
+    return f"{place}: none of {tally.rows} rows has a token to train"
+
+
+def _line(job: _Job, tokenization: Tokenization, took: str) -> str:
+    tally, most = job.tally, tokenization.data.max_length
+    parts = [f"{tally.kept:,} of {tally.rows + tally.bad:,} rows kept"]
+    if tally.bad:
+        parts.append(f"{tally.bad:,} bad ones skipped (first: {job.bad_lines()[0]})")
+    if tally.too_long:
+        parts.append(f"{tally.too_long:,} dropped (longer than {most} tokens)")
+    if tally.untrained:
+        parts.append(f"{tally.untrained:,} dropped (nothing to train)")
+    if tally.truncated:
+        how = "split" if tokenization.data.overlong == "split" else "truncated"
+        parts.append(f"{tally.truncated:,} {how} to {most} tokens")
+    parts.append(f"{tally.tokens:,} tokens, {tally.trained_tokens:,} trained")
+    if tally.lost_trained_tokens:
+        parts.append(f"{tally.lost_trained_tokens:,} trained tokens lost")
+    template = "untemplated" if job.reading.format == "text" else f"template {tokenization.template}"
+    form = f"{job.reading.format}{' (detected)' if job.detected else ''}"
+    return f"{job.origin.key}: {job.origin.title}: {form}, {template}: {', '.join(parts)}; {took}"

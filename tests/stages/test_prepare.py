@@ -136,7 +136,7 @@ def test_a_cut_row_without_target_is_dropped(tmp_path, tokenizer):
     """A row whose prompt alone fills max_length has nothing to train; it is dropped and said so."""
     rows = [{"prompt": "q" * 50, "completion": "a"}, {"prompt": "q", "completion": "a"}]
     prepared, lines = run(
-        Data(train=write(tmp_path / "a.jsonl", rows), max_length=30, overlong="truncate"), tokenizer
+        Data(train=write(tmp_path / "a.jsonl", rows), max_length=30, overlong="truncate_right"), tokenizer
     )
     counts = prepared.counts["train"]
     assert (counts.kept, counts.dropped, counts.truncated, counts.lost_trained_tokens) == (1, 1, 0, 2)
@@ -216,7 +216,7 @@ def test_whatever_changes_the_tokens_changes_the_fingerprint(tmp_path, tokenizer
         of(Data(train=path)),
         of(Data(train=path), "all"),
         of(Data(train=path, max_length=100)),
-        of(Data(train=path, overlong="truncate")),
+        of(Data(train=path, overlong="truncate_right")),
         of(Data(train=path, max_train_rows=1)),
         of(Data(train=path, template="plain")),
         of(Data(train=path, fields=Fields(prompt="{prompt}", completion="{completion}"))),
@@ -377,7 +377,7 @@ def test_alpaca(tokenizer):
 
 def test_wiki(tokenizer):
     """Real documents, one per line, are cut to max_length, trained from their second token."""
-    prepared, _ = run(Data(train=real("wiki_demo.txt"), max_length=100, overlong="truncate"), tokenizer)
+    prepared, _ = run(Data(train=real("wiki_demo.txt"), max_length=100, overlong="truncate_right"), tokenizer)
     counts = prepared.counts["train"]
     assert (counts.rows, counts.kept, counts.truncated, counts.trained_tokens) == (30, 30, 30, 30 * 99)
 

@@ -1,0 +1,109 @@
+"""The rows of a split: token caches one after the other, and which of their rows are used, and how often."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_cli.data.cache import TokenCache
+from lora_cli.types import Example
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPart:
+    """A cache, and what its rows are called: `name`, `separator`, and the line added to `lines_before`."""
+
+    cache: TokenCache
+    name: str
+    separator: str
+    lines_before: int
+
+
+class Dataset:
+    """Rows of several caches by one index; satisfies `types.Examples`. `rows` (R,) are positions in all of them."""
+
+    def __init__(self, parts: Sequence[CachedPart], rows: Indices | None = None) -> None:
+        self.parts = parts
+        lengths = [part.cache.lengths for part in parts]
+        self._starts = np.cumsum([0, *(len(one) for one in lengths)])
+        self.rows: Indices = np.arange(self._starts[-1]) if rows is None else rows
+        self.lengths: npt.NDArray[np.int64] = np.concatenate(lengths)[self.rows]
+        self.max_token: int = max(part.cache.max_token for part in parts)
+        names = "".join(part.cache.fingerprint for part in parts)
+        chosen = b"" if rows is None else rows.tobytes()
+        self.fingerprint: str = hashlib.sha256(names.encode() + chosen).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """Return row `index`; its arrays are views into the mapped file, read-only."""
+        part, row = self._find(index)
+        return part.cache[row]
+
+    def where(self, index: int) -> str:
+        """Return `file:line` of row `index` (`name: row n`, where there are no lines)."""
+        part, row = self._find(index)
+        return f"{part.name}{part.separator}{part.lines_before + int(part.cache.lines[row])}"
+
+    @property
+    def identities(self) -> npt.NDArray[np.uint64]:
+        """A hash of what each row says, (R,)."""
+        return np.concatenate([part.cache.identities for part in self.parts])[self.rows]
+
+    def _find(self, index: int) -> tuple[CachedPart, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = int(self.rows[index])
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.parts[part], row - int(self._starts[part])
+
+
+def hold_out(
+    identities: npt.NDArray[np.uint64], fraction: float | None, number: int | None
+) -> npt.NDArray[np.bool_]:
+    """Return which rows are held out, (R,): about a fraction of them, or a number, those with the lowest hashes.
+
+    A row's own content decides, so that adding rows or changing their order moves none (or, for a number, few), and
+    rows that say the same are held out together.
+    """
+    # Hashed once more: rows whose hashes begin alike could otherwise come from one source.
+    mixed = identities * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    if number is not None:
+        distinct = np.unique(mixed)
+        limit = distinct[min(number, len(distinct)) - 1] if number else np.uint64(0)
+        return np.asarray(mixed <= limit)
+    assert fraction is not None
+    return np.asarray(mixed < np.uint64(fraction * 2**64))
+
+
+def mix(sources: Sequence[Indices], weights: Sequence[float]) -> Indices:
+    """Return the rows of one epoch in which each source has its weight's share, (sum of all rows,).
+
+    A source with too few rows is gone through again and again; of one with too many, the rest is left out, evenly.
+    """
+    total, whole = sum(len(rows) for rows in sources), sum(weights)
+    chosen = []
+    for rows, weight in zip(sources, weights, strict=True):
+        wanted = max(1, round(total * weight / whole))
+        if wanted < len(rows):
+            chosen.append(rows[np.linspace(0, len(rows), wanted, endpoint=False).astype(np.int64)])
+        else:
+            chosen.append(np.resize(rows, wanted))
+    return np.concatenate(chosen)
+
+
+def overlap(train: Dataset, held_out: Dataset) -> list[tuple[int, int]]:
+    """Return each held-out row that says what a training row says, with the first such row."""
+    trained, first = np.unique(train.identities, return_index=True)
+    places = np.searchsorted(trained, held_out.identities).clip(max=len(trained) - 1)
+    same = trained[places] == held_out.identities
+    return [(int(row), int(first[places[row]])) for row in np.nonzero(same)[0]]

@@ -1,0 +1,266 @@
+"""Parts of files -> token caches, in as many processes as there are cores.
+
+A large file of lines is cut into parts of PART_BYTES. Each part has a cache of its own, named after all that decides
+its content, so an interrupted preparation goes on where it stood, and a file that has grown is tokenized from the part
+on that changed. Rows are streamed, so that memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.cache import CacheWriter, fingerprint
+from lora_cli.data.faults import Faults
+from lora_cli.data.fields import fields_reader
+from lora_cli.data.fit import Tally, fit
+from lora_cli.data.formats import FORMATS
+from lora_cli.data.hub import load_hub
+from lora_cli.data.lines import WHOLE, Part
+from lora_cli.data.read import RawRow, Source
+from lora_cli.data.render import Renderer
+from lora_cli.data.tokens import Encoder, backend_json
+from lora_cli.errors import InputError, LoraError
+from lora_cli.recipe.data_block import Data, Fields
+from lora_cli.types import Conversation, Example, Labelled, Pair, Row, Text
+
+CHUNK_ROWS, CHUNK_CHARACTERS = 512, 1_000_000
+"""Most that is rendered and encoded together: enough to keep all cores busy, little enough to hold in memory (an
+encoded token takes about 100 bytes until it is written)."""
+PART_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the rows of a source are read: by a format of the table, or by templates."""
+
+    format: str
+    fields: Fields | None = None
+
+    def reader(self) -> Callable[[RawRow], Row]:
+        """Return the function that reads a row."""
+        return fields_reader(self.fields) if self.fields else FORMATS[self.format].read
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A part of a source that is tokenized into `folder`, whose cache is called `name`."""
+
+    source: Source
+    part: Part
+    reading: Reading
+    max_rows: int | None
+    folder: Path
+    name: str
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a task: the bad rows it met, and the fault that ended it, if any."""
+
+    tally: Tally
+    bad_lines: list[str]
+    fault: LoraError | None = None
+
+
+def parts_of(source: Source, *, whole: bool) -> list[tuple[Part, str]]:
+    """Return the parts of a source, or it as a whole, and what identifies each one's content.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    if source.path is None:
+        data = load_hub(source.name, source.split, source.revision)
+        return [(WHOLE, f"{source.name} {source.split} {data._fingerprint}")]
+    ending = "".join(source.path.suffixes[-2:]).lower()
+    try:
+        with source.path.open("rb") as file:
+            if whole or not source.can_be_parted() or source.path.stat().st_size <= PART_BYTES:
+                return [(WHOLE, f"{ending} {hashlib.file_digest(file, 'sha256').hexdigest()}")]
+            found, start, line = [], 0, 1
+            while block := file.read(PART_BYTES):
+                block += file.readline()
+                end = start + len(block)
+                found.append((Part(start, end, line), f"{ending} {hashlib.sha256(block).hexdigest()}"))
+                start, line = end, line + block.count(b"\n")
+            return found
+    except OSError as error:
+        raise InputError(f"{source.name}: cannot be read: {error.strerror or error}") from error
+
+
+def identity(row: Row) -> int:
+    """Return a hash of what a row says, below 2**64: equal for equal rows, wherever they stand."""
+    if isinstance(row, Text):
+        said: Any = row.text
+    elif isinstance(row, Pair):
+        said = [_said(row.chosen), _said(row.rejected)]
+    elif isinstance(row, Labelled):
+        said = [_said(row.conversation), row.wanted]
+    else:
+        said = _said(row)
+    text = json.dumps(said, sort_keys=True, ensure_ascii=False)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def _said(row: Conversation) -> list[Any]:
+    turns = [[turn.role, turn.content, *([dict(turn.extra)] if turn.extra else [])] for turn in row.messages]
+    return [turns, *([list(row.tools)] if row.tools else [])]
+
+
+class Tokenization:
+    """Tokenizes parts by one tokenizer and one set of the recipe's keys."""
+
+    def __init__(self, data: Data, train_on: str, tokenizer: Any, template: str) -> None:
+        self.data, self.train_on, self.tokenizer, self.template = data, train_on, tokenizer, template
+        self._settings: dict[str, str] = {}
+        self._tools: dict[str, tuple[Renderer, Encoder]] = {}
+
+    def name(self, reading: Reading, content: str, max_rows: int | None) -> str:
+        """Return the fingerprint of all that decides the tokens of a part."""
+        if not self._settings:
+            self._settings = {
+                "tokenizer": hashlib.sha256(backend_json(self.tokenizer).encode()).hexdigest(),
+                "special tokens": repr(sorted(self.tokenizer.special_tokens_map.items())),
+                "chat template": repr(self.tokenizer.chat_template),
+                "template": f"{self.template} {self.train_on}",
+                "length": f"{self.data.max_length} {self.data.overlong}",
+            }
+        own = {"data": content, "format": f"{reading.format} {reading.fields!r}", "rows": repr(max_rows)}
+        return fingerprint(self._settings | own)
+
+    def run(self, task: Task) -> Outcome:
+        """Tokenize a part and publish its cache, unless a bad row or a fault stands against it."""
+        tally, faults = Tally(), Faults(task.source.name)
+        try:
+            before = _state(task.source)
+            with CacheWriter(task.folder, task.name) as writer:
+                for raw, row, examples in self._examples(task, faults):
+                    for example in fit(examples, raw.where, self.data, tally, faults):
+                        writer.add(example, raw.number - task.part.first_line + 1, row)
+                tally.bad = faults.count
+                if _state(task.source) != before:
+                    raise InputError(f"{task.source.name}: changed while it was read (start again)")
+                if self.data.on_bad_row == "skip" or not faults.count:
+                    writer.publish({"tally": asdict(tally), "bad lines": faults.lines})
+        except LoraError as fault:
+            return Outcome(tally, faults.lines, fault)
+        return Outcome(tally, faults.lines)
+
+    def _examples(self, task: Task, faults: Faults) -> Iterator[tuple[RawRow, int, list[Example]]]:
+        """Yield each row with its identity and what it becomes: a pair two examples, all others one."""
+        # What is preferred or wanted is the answer, never the turns before it.
+        answers = not task.reading.fields and FORMATS[task.reading.format].makes in (Pair, Labelled)
+        train_on = "completion" if answers else self.train_on
+        if (
+            train_on not in self._tools
+        ):  # half a second for a large vocabulary, so only where rows must be tokenized
+            made = Renderer(self.tokenizer, self.template, train_on)
+            self._tools[train_on] = made, Encoder(self.tokenizer, made.controls)
+        renderer, encoder = self._tools[train_on]
+        raw_rows = islice(task.source.rows(faults, task.part), task.max_rows)
+        for chunk in _chunks(raw_rows, task.reading, faults):
+            single = [(index, one) for index, (_, row) in enumerate(chunk) for one in _conversations(row)]
+            rendered = renderer.render([one for _, one in single], faults)
+            good = [
+                (index, text) for (index, _), text in zip(single, rendered, strict=True) if text is not None
+            ]
+            encoded: dict[int, list[Example]] = {}
+            for (index, _), example in zip(good, encoder.encode([text for _, text in good]), strict=True):
+                encoded.setdefault(index, []).append(example)
+            for index, (raw, row) in enumerate(chunk):
+                examples = encoded.get(index, [])
+                if len(examples) == len(_conversations(row)):
+                    yield raw, identity(row), examples
+
+
+_worker: Tokenization | None = None
+"""In a process of the pool: what it tokenizes with."""
+
+
+def _start(data: Data, train_on: str, tokenizer: Any, template: str, threads: int) -> None:
+    global _worker
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process of the terminal; the main one decides
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    _worker = Tokenization(data, train_on, tokenizer, template)
+
+
+def _serve(task: Task) -> Outcome:
+    assert _worker is not None
+    return _worker.run(task)
+
+
+def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Iterator[Outcome]:
+    """Yield the outcome of each task in order; several at a time where there are several, and cores for them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if len(tasks) < 2 or cores < 2:
+        yield from map(tokenization.run, tasks)
+        return
+    workers = min(cores, len(tasks))
+    settings = (tokenization.data, tokenization.train_on, tokenization.tokenizer, tokenization.template)
+    # Not forked: the tokenizer's threads, and torch's, would not survive it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start, (*settings, max(1, cores // workers))) as pool:
+        try:
+            yield from pool.map(_serve, tasks)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _conversations(row: Row) -> tuple[Conversation | Text, ...]:
+    """Return what is rendered of a row."""
+    if isinstance(row, Pair):
+        return row.chosen, row.rejected
+    return (row.conversation,) if isinstance(row, Labelled) else (row,)
+
+
+def _chunks(
+    raw_rows: Iterable[RawRow], reading: Reading, faults: Faults
+) -> Iterator[list[tuple[RawRow, Row]]]:
+    """Yield rows as they are read, in pieces of bounded size; a row that cannot be read joins the faults."""
+    read = reading.reader()
+    chunk: list[tuple[RawRow, Row]] = []
+    characters = 0
+    for raw in raw_rows:
+        try:
+            row = read(raw)
+        except InputError as fault:
+            faults.add(fault)
+            continue
+        chunk.append((raw, row))
+        for one in _conversations(row):
+            texts = (one.text,) if isinstance(one, Text) else (turn.content for turn in one.messages)
+            characters += sum(map(len, texts))
+        if len(chunk) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _state(source: Source) -> tuple[int, int] | None:
+    if source.path is None:
+        return None
+    stat = source.path.stat()
+    return stat.st_size, stat.st_mtime_ns
