@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from lora_cli.adapters import method_class
 from lora_cli.recipe import schema
-from lora_cli.recipe.keys import all_keys
+from lora_cli.recipe.keys import ANY_NAME, all_keys
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lora_cli"
 SECTIONS = {
@@ -87,6 +87,8 @@ def _sections_in(annotation: ast.AST | None) -> set[str]:
 
 def _section_of(name: str) -> str:
     """Return the key under which a class of the schema stands: LoraAdapter -> adapter."""
+    if name == "DataSource":
+        return ANY_NAME  # data.sources.NAME
     return next((end.lower() for end in ("Adapter", "Objective") if name.endswith(end)), name.lower())
 
 

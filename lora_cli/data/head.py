@@ -10,7 +10,7 @@ from lora_cli.data.faults import Faults
 from lora_cli.data.formats import choose_format
 from lora_cli.data.read import Source, find_sources
 from lora_cli.errors import InputError
-from lora_cli.recipe.schema import Data, Fields
+from lora_cli.recipe.schema import Data, DataSource, Fields
 
 HEAD_ROWS = 50
 """Rows that decide the format, and that are checked before the model is loaded."""
@@ -44,12 +44,7 @@ def origins(data: Data, split: Literal["train", "eval"]) -> list[Origin]:
         InputError: if the recipe names something that is neither a readable file nor a hub id.
     """
     if split == "train" and data.sources:
-        found = []
-        for name, one in data.sources.items():
-            key = f"data.sources.{name}"
-            sources = find_sources(one.path, f"{key}.path", one.split or data.train_split, data.revision)
-            found.append(Origin(key, tuple(sources), one.format, one.fields, one.max_rows, one.weight))
-        return found
+        return [_named(name, one, data) for name, one in data.sources.items()]
     names = data.train if split == "train" else data.eval
     if names is None:
         return []
@@ -57,6 +52,12 @@ def origins(data: Data, split: Literal["train", "eval"]) -> list[Origin]:
     sources = find_sources(names, f"data.{split}", of_hub, data.revision)
     most = data.max_train_rows if split == "train" else data.max_eval_rows
     return [Origin(f"data.{split}", tuple(sources), data.format, data.fields, most)]
+
+
+def _named(name: str, source: DataSource, data: Data) -> Origin:
+    key = f"data.sources.{name}"
+    sources = find_sources(source.path, f"{key}.path", source.split or data.train_split, data.revision)
+    return Origin(key, tuple(sources), source.format, source.fields, source.max_rows, source.weight)
 
 
 def check_head(data: Data, split: Literal["train", "eval"]) -> list[str]:

@@ -6,6 +6,7 @@ stage with the first five of them named, or are skipped and counted, as the reci
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -104,10 +105,15 @@ def run(
     for job in jobs:
         job.tasks = _tasks(job, tokenization)
 
-    rt.in_main(lambda: _ensure(jobs, tokenization, log))
+    def build() -> None:
+        for job in jobs:
+            _ensure(job, tokenization, log)
+        splits = _select(data, jobs)
+        if "train" in splits and "eval" in splits:
+            _warn_of_overlap(splits["train"], splits["eval"], log)
+
+    rt.in_main(build)
     splits = _select(data, jobs)
-    if "train" in splits and "eval" in splits:
-        rt.in_main(lambda: _warn_of_overlap(splits["train"], splits["eval"], log))
     return Prepared(
         train=splits.get("train"),
         eval=splits.get("eval"),
@@ -122,6 +128,8 @@ def run(
 
 def _find_jobs(data: Data, *, need_train: bool, consumes: tuple[type, ...]) -> list[_Job]:
     jobs: list[_Job] = []
+    if not (need_train or data.holds_out()):
+        raise InputError("data.eval: not set (name a file or a hub data set)")
     splits: list[Split] = ["train"] if need_train or data.eval is None else []
     splits += ["eval"] if data.eval is not None else []
     for split in splits:
@@ -167,29 +175,38 @@ def _tasks(job: _Job, tokenization: Tokenization) -> list[tuple[Source, Task]]:
     return tasks
 
 
-def _ensure(jobs: list[_Job], tokenization: Tokenization, log: Callable[[str], None]) -> None:
-    """Tokenize what has no sound cache, and log what each origin holds.
+def _ensure(job: _Job, tokenization: Tokenization, log: Callable[[str], None]) -> None:
+    """Tokenize what has no sound cache, and log what the origin holds; a refused one leaves no cache behind.
 
     Raises:
         InputError: if there are bad rows, more of them than may be skipped, or none that can be used.
     """
+    began = time.monotonic()
+    skips = tokenization.data.on_bad_row == "skip"
+    missing = [task for _, task in job.tasks if not _is_sound(task, skips=skips)]
+    try:
+        _build(job, missing, tokenization)
+    except InputError:
+        for task in missing:
+            shutil.rmtree(task.folder, ignore_errors=True)
+        raise
+    log(_line(job, tokenization, f"{time.monotonic() - began:.1f} s" if missing else "cached"))
+
+
+def _build(job: _Job, missing: list[Task], tokenization: Tokenization) -> None:
     data = tokenization.data
-    for job in jobs:
-        began = time.monotonic()
-        missing = [task for _, task in job.tasks if not _is_sound(task, skips=data.on_bad_row == "skip")]
-        faults = Faults(job.origin.key)
-        for outcome in run_all(tokenization, missing):
-            if outcome.fault is not None:
-                raise outcome.fault
-            faults.join(outcome.tally.bad, outcome.bad_lines)
-        if data.on_bad_row == "stop":
-            faults.raise_if_any()
-        job.open()
-        if job.tally.bad > data.max_bad_rows * (job.tally.rows + job.tally.bad):
-            raise InputError([*job.bad_lines(), _too_many(job, data)])
-        if not job.tally.kept:
-            raise InputError(_nothing_left(job, data))
-        log(_line(job, tokenization, f"{time.monotonic() - began:.1f} s" if missing else "cached"))
+    faults = Faults(job.origin.sources[0].name if len(job.origin.sources) == 1 else job.origin.key)
+    for outcome in run_all(tokenization, missing):
+        if outcome.fault is not None:
+            raise outcome.fault
+        faults.join(outcome.tally.bad, outcome.bad_lines)
+    if data.on_bad_row == "stop":
+        faults.raise_if_any()
+    job.open()
+    if job.tally.bad > data.max_bad_rows * (job.tally.rows + job.tally.bad):
+        raise InputError([*job.bad_lines(), _too_many(job, data)])
+    if not job.tally.kept:
+        raise InputError(_nothing_left(job, data))
 
 
 def _is_sound(task: Task, *, skips: bool) -> bool:

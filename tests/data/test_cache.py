@@ -14,7 +14,7 @@ from lora_cli.data.cache import CacheWriter, TokenCache, cache_root, fingerprint
 from lora_cli.errors import InputError, ResourceError
 from lora_cli.types import Example
 
-FILES = ["tokens.bin", "trained.bin", "offsets.npy", "lines.npy", "manifest.json"]
+FILES = ["tokens.bin", "trained.bin", "offsets.npy", "lines.npy", "identities.npy", "manifest.json"]
 
 
 def examples() -> list[Example]:
@@ -29,7 +29,7 @@ def examples() -> list[Example]:
 def write(folder: Path) -> None:
     with CacheWriter(folder, "f" * 64) as writer:
         for line, example in enumerate(examples(), start=3):
-            writer.add(example, line)
+            writer.add(example, line, 2**64 - 1)
         writer.publish({"tally": {"rows": 4}})
 
 
@@ -39,7 +39,8 @@ def test_round_trip(tmp_path):
     cache = TokenCache(tmp_path / "tokens" / "a", check=True)
     assert len(cache) == 4
     assert cache.lengths.tolist() == [1, 7, 300, 2]
-    assert [cache.line(index) for index in range(4)] == [3, 4, 5, 6]
+    assert cache.lines.tolist() == [3, 4, 5, 6]
+    assert cache.identities.tolist() == [2**64 - 1] * 4
     assert cache.fingerprint == "f" * 64
     assert cache.meta["tally"] == {"rows": 4}
     for found, expected in zip((cache[index] for index in range(4)), examples(), strict=True):
@@ -80,9 +81,9 @@ def test_nothing_is_left_without_publish(tmp_path):
     """An exception, or the end of the context without publish, leaves no file."""
     bad = Example(np.array(["not a token"]), np.array([True]))
     with pytest.raises(ValueError), CacheWriter(tmp_path / "a", "f") as writer:
-        writer.add(bad, 1)
+        writer.add(bad, 1, 2**64 - 1)
     with CacheWriter(tmp_path / "a", "f") as writer:
-        writer.add(examples()[0], 1)
+        writer.add(examples()[0], 1, 2**64 - 1)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_cli.data.formats import FORMATS, choose_format, detect, fields_reader
+from lora_cli.data.fields import fields_reader
+from lora_cli.data.formats import FORMATS, choose_format, detect
 from lora_cli.data.read import RawRow
 from lora_cli.errors import InputError
-from lora_cli.recipe.schema import Data, Fields
+from lora_cli.recipe.schema import Fields
 from lora_cli.types import Conversation, Text
 
 U = {"role": "user", "content": "q"}
@@ -83,16 +84,16 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"messages": []}, "no assistant turn"),
     ("chat", {"messages": [U]}, "no assistant turn"),
     ("chat", {"messages": [U, "hi"]}, "messages[1] is str"),
-    ("chat", {"messages": [{"from": "human", "value": "q"}]}, "messages[0].role is missing (ShareGPT"),
+    ("chat", {"messages": [{"content": "q"}]}, "messages[0].role is missing"),
     ("chat", {"messages": [{"role": "user"}, A]}, "messages[0].content is missing"),
-    ("chat", {"messages": [{**U, "role": "human"}, A]}, "messages[0].role is 'human' (one of system, user"),
+    ("chat", {"messages": [{**U, "role": "ghost"}, A]}, "messages[0].role is 'ghost' (one of system, user"),
     ("chat", {"messages": [{**U, "role": ["user"]}, A]}, "messages[0].role is ['user']"),
     ("chat", {"messages": [U, {**A, "content": None}]}, "messages[1].content is null"),
     ("chat", {"messages": [U, {**A, "content": 3}]}, "messages[1].content is int"),
     (
         "chat",
-        {"messages": [U, {**A, "content": [{"type": "text", "text": "a"}]}]},
-        "messages[1].content is list",
+        {"messages": [U, {**A, "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[1].content[0] is image_url (only text parts",
     ),
     ("chat", {"messages": [U, {**A, "content": " "}]}, "messages[1].content is empty"),
     ("chat", {"messages": [{**U, "content": ""}, A]}, "messages[0].content is empty"),
@@ -102,9 +103,9 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"messages": [U, S, A]}, "messages[1]: role system follows user"),
     ("chat", {"messages": [U, T, A]}, "messages[1]: role tool follows user"),
     ("chat", {"messages": [U, A, U]}, "the last turn is user's"),
-    ("chat", {"messages": [U, {**A, "tool_calls": [{}]}]}, "messages[1].tool_calls is not supported"),
+    ("chat", {"messages": [U, {**A, "tool_calls": [{}]}]}, "messages[1].tool_calls[0] is no call"),
     ("chat", {"messages": [U, A], "images": ["x.jpg"]}, "column 'images' is not supported"),
-    ("chat", {"messages": [U, A], "tools": [{}]}, "column 'tools' is not supported"),
+    ("chat", {"messages": [U, A], "tools": [{}]}, "tools[0] is no function"),
 ]
 
 
@@ -179,8 +180,5 @@ def test_an_ambiguous_row():
     rows = [row(text="a", messages=[U, A])]
     with pytest.raises(InputError, match=r"ambiguous: .*text and chat \(set data.format"):
         detect(rows)
-    assert choose_format(Data(train="x", format="chat"), rows)[0] == "chat"
-    assert (
-        choose_format(Data(train="x", fields=Fields(prompt="{text}", completion="{text}")), rows)[0]
-        == "fields"
-    )
+    assert choose_format("chat", None, rows)[0] == "chat"
+    assert choose_format("auto", Fields(prompt="{text}", completion="{text}"), rows)[0] == "fields"

@@ -26,7 +26,7 @@ GOOD = '{"text": "a"}'
 
 def rows_of(path: Path) -> list[read.RawRow]:
     faults = Faults(str(path))
-    rows = list(read.find_source(str(path), "data.train", "train").rows(faults))
+    rows = list(read.find_sources(str(path), "data.train", "train")[0].rows(faults))
     faults.raise_if_any()
     return rows
 
@@ -221,13 +221,13 @@ def test_paths_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
     for name, message in {
-        "": "is a directory",
+        "": "is a folder without rows",
         "missing.jsonl": "no such file",
         "link.jsonl": "broken symbolic link",
         "pipe.jsonl": "not a regular file",
     }.items():
         with pytest.raises(InputError, match=message):
-            read.find_source(str(tmp_path / name), "data.train", "train")
+            read.find_sources(str(tmp_path / name), "data.train", "train")
 
 
 @pytest.mark.parametrize(
@@ -236,15 +236,15 @@ def test_paths_that_are_no_files(tmp_path):
 def test_names_that_are_neither_file_nor_hub_id(name):
     """A builder's name, a bare name or a missing path never reaches the datasets library."""
     with pytest.raises(InputError, match="no such file"):
-        read.find_source(name, "data.train", "train")
+        read.find_sources(name, "data.train", "train")
 
 
 def test_hub_ids():
     """owner/name, with or without a configuration, is a hub id; it is not checked ahead."""
     for name in ("openai/gsm8k", "openai/gsm8k:main", "a-b/c.d_e"):
-        source = read.find_source(name, "data.train", "train")
+        (source,) = read.find_sources(name, "data.train", "train")
         assert (source.path, source.name) == (None, name)
-    assert check_head(Data(eval="openai/gsm8k:main"), "eval").endswith("not checked")
+    assert check_head(Data(eval="openai/gsm8k:main"), "eval")[0].endswith("not checked")
 
 
 def test_hub_rows_come_from_the_split(monkeypatch):
@@ -259,8 +259,8 @@ def test_hub_rows_come_from_the_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     load_hub.cache_clear()
-    rows = list(read.find_source("owner/name:main", "data.train", "validation").rows(Faults("x")))
-    assert calls == [(("owner/name", "main"), {"split": "validation"})]
+    rows = list(read.find_sources("owner/name:main", "data.train", "validation")[0].rows(Faults("x")))
+    assert calls == [(("owner/name", "main"), {"split": "validation", "revision": None})]
     assert [row.where for row in rows] == ["owner/name:main: row 1", "owner/name:main: row 2"]
     load_hub.cache_clear()
 
@@ -277,7 +277,7 @@ def test_hub_faults_are_input_errors(monkeypatch):
     with pytest.raises(
         InputError, match=r"owner/name: the hub data set cannot be loaded \(split train\)"
     ) as caught:
-        list(read.find_source("owner/name", "data.train", "train").rows(Faults("x")))
+        list(read.find_sources("owner/name", "data.train", "train")[0].rows(Faults("x")))
     assert "details" not in str(caught.value)
 
 
@@ -318,7 +318,7 @@ def test_reading_streams(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(f"{GOOD}\n" * 3 + "{")
     faults = Faults(str(path))
-    iterator = read.find_source(str(path), "data.train", "train").rows(faults)
+    iterator = read.find_sources(str(path), "data.train", "train")[0].rows(faults)
     assert next(iterator).number == 1
     assert faults.count == 0
 
@@ -336,4 +336,4 @@ def test_local_files_do_not_import_the_slow_libraries(tmp_path):
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines() == ["data.train: a.jsonl: text, first row ok", "[]"]
+    assert out.splitlines() == ["['data.train: a.jsonl: text, first row ok']", "[]"]

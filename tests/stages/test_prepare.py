@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lora_cli.data import tokenize
 from lora_cli.data.head import check_head
 from lora_cli.errors import InputError
 from lora_cli.recipe.schema import Data, Fields
@@ -117,7 +118,7 @@ def test_tokens_masks_and_counts(tmp_path, tokenizer):
     ("overlong", "lengths", "counts", "said"),
     [
         ("drop", [26], (3, 1, 2, 0, 36), "2 dropped (longer than 29 tokens)"),
-        ("truncate", [26, 29, 29], (3, 3, 0, 2, 20), "2 truncated to 29 tokens"),
+        ("truncate_right", [26, 29, 29], (3, 3, 0, 2, 20), "2 truncated to 29 tokens"),
     ],
 )
 def test_overlong_rows(tmp_path, tokenizer, overlong, lengths, counts, said):
@@ -189,7 +190,7 @@ def test_types_that_differ_far_down_the_file(tmp_path, tokenizer):
 def test_the_second_run_uses_the_cache(tmp_path, tokenizer, monkeypatch):
     """The same content is tokenized once, wherever the file lies; counts and tokens are the same."""
     first, _ = run(Data(train=write(tmp_path / "a.jsonl", pairs("x", "yy"))), tokenizer)
-    monkeypatch.setattr(prepare._Worker, "_build", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(tokenize.Tokenization, "run", lambda *_: pytest.fail("tokenized again"))
     second, lines = run(Data(train=write(tmp_path / "b.jsonl", pairs("x", "yy"))), tokenizer)
     assert lines[0].endswith("; cached")
     assert first.train is not None
@@ -266,14 +267,14 @@ def test_other_processes_read_what_the_main_one_wrote(tmp_path, tokenizer):
 def test_a_file_that_changes_while_it_is_read(tmp_path, tokenizer, cache, monkeypatch):
     """Rows appended while the file is read stop the stage: the cache would not be that of either file."""
     path = write(tmp_path / "a.jsonl", pairs("x", "yy"))
-    original = prepare.fit
+    original = tokenize.fit
 
     def fit(*arguments: Any) -> Any:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(pairs("z")[0]) + "\n")
         return original(*arguments)
 
-    monkeypatch.setattr(prepare, "fit", fit)
+    monkeypatch.setattr(tokenize, "fit", fit)
     with pytest.raises(InputError, match="changed while it was read"):
         run(Data(train=path), tokenizer)
     assert not list(cache.glob("*"))
@@ -349,7 +350,7 @@ def test_gsm8k(tokenizer):
     """Real questions: each of the rows is kept, and its trained text is the answer and the terminator."""
     path = real("gsm8k.test.jsonl")
     data = Data(eval=path, fields=GSM8K, max_length=8192)
-    assert check_head(data, "eval") == "data.eval: gsm8k.test.jsonl: fields, first 50 rows ok"
+    assert check_head(data, "eval") == ["data.eval: gsm8k.test.jsonl: fields, first 50 rows ok"]
     prepared, _ = run(data, tokenizer, need_train=False)
     assert prepared.eval is not None
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -384,5 +385,5 @@ def test_wiki(tokenizer):
 
 def test_preference_rows_are_not_taken_for_conversations(tokenizer):
     """Rows of another objective are refused, with the columns they have."""
-    with pytest.raises(InputError, match="conversations, chosen, rejected"):
+    with pytest.raises(InputError, match=r"preference pairs \(sharegpt_preference\), which this"):
         run(Data(train=real("dpo_en_demo.json")), tokenizer)
