@@ -44,7 +44,9 @@ def check_evaluation(target: Path, recipe: Recipe) -> list[str]:
     """
     return _run_all(
         lambda: _check_target(target, recipe),
-        lambda: _check_data(recipe, "train" if recipe.data.eval is None else "eval"),
+        lambda: _check_data(
+            recipe, "train" if recipe.data.eval is None and recipe.data.holds_out() else "eval"
+        ),
     )
 
 

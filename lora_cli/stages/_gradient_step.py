@@ -78,8 +78,12 @@ class GradientStep:
         (loss,) = rt.sum([loss])
         norm = self.optimizer.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
-            rows_at = sorted(self.examples.where(row) for row in suspect.rows) if suspect else []
-            where = ", ".join(rows_at) if suspect else "the gradient, or another process' rows"
+            where = "the gradient, or another process' rows"
+            if suspect:
+                first = [self.examples.where(row) for row in sorted(suspect.rows)[:5]]
+                where = f"one of {len(suspect.rows)} rows: {', '.join(first)}" + ", ..." * (
+                    len(suspect.rows) > 5
+                )
             raise DivergedError(
                 f"step {state.step + 1}: the loss is {loss:g} and the gradient norm {float(norm):g}, from {where};"
                 " the update was not applied (lower train.learning_rate, or look at these rows)"

@@ -122,7 +122,7 @@ CASES: dict[str, Case] = {
     # Data
     "no data": Case(["data.train: not set"], recipe="model: {base: ./base}\nrun: {output: out}"),
     "data missing": yaml(GOOD.replace("rows", "row"), "2:8: data.train: row.jsonl: no such"),
-    "data is a folder": over("data.train", "data.train=./base"),
+    "data is a folder without rows": over("base/config.json", "data.train=./base"),
     "data of an unknown type": over("file type '.xyz'", "data.train=./r.xyz", change=_put("r.xyz", "x")),
     "data is a dead link": over("data.train", "data.train=gone.jsonl", change=_link),
     "data empty": over("rows.jsonl", change=_put("rows.jsonl", "")),

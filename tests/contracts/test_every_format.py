@@ -16,6 +16,7 @@ from lora_cli.errors import InputError
 from lora_cli.recipe import schema
 from lora_cli.runtime.dist import Runtime
 from lora_cli.stages import prepare
+from lora_cli.types import Conversation, Labelled, Pair, Text
 
 QUESTION, ANSWER = "what does the cat say", "the cat says purr"
 SAMPLES: dict[str, dict[str, Any]] = {
@@ -23,7 +24,16 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "prompt_completion": {"prompt": QUESTION, "completion": ANSWER},
     "alpaca": {"instruction": QUESTION, "input": "", "output": ANSWER},
     "chat": {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
+    "preference": {"prompt": QUESTION, "chosen": ANSWER, "rejected": "meow"},
+    "sharegpt_preference": {
+        "conversations": [{"from": "human", "value": QUESTION}],
+        "chosen": {"from": "gpt", "value": ANSWER},
+        "rejected": {"from": "gpt", "value": "meow"},
+    },
+    "labelled": {"prompt": QUESTION, "completion": ANSWER, "label": True},
 }
+ALL_KINDS = (Conversation, Text, Pair, Labelled)
 """One row per format; a format without one fails `test_every_format_is_covered`."""
 
 
@@ -61,11 +71,13 @@ def test_a_row_is_detected_and_its_answer_trained(
         path.write_text(json.dumps([SAMPLES[name]] * 3))
     lines: list[str] = []
     prepared = prepare.run(
-        schema.Data(train=str(path)), "assistant", tokenizer, Runtime(torch.device("cpu")), lines.append
-    )
+        schema.Data(train=str(path)), "assistant", tokenizer, Runtime(torch.device("cpu")), lines.append,
+        consumes=ALL_KINDS,
+    )  # fmt: skip
     assert prepared.formats == {"train": name}
     assert f"{name} (detected)" in lines[0]
     assert prepared.train is not None
+    assert len(prepared.train) == 3 * (2 if "preference" in name else 1)
     example = prepared.train[0]
     trained = tokenizer.decode(example.input_ids[example.trained])
     whole = tokenizer.decode(example.input_ids)
@@ -89,6 +101,7 @@ def test_a_missing_column_is_named(name: str, tmp_path: Path, tokenizer: Any) ->
             tokenizer,
             Runtime(torch.device("cpu")),
             print,
+            consumes=ALL_KINDS,
         )
     assert "rows.jsonl:2" in str(caught.value)
     assert column in str(caught.value)
