@@ -96,7 +96,9 @@ def transcript(text: str, field: str, where: str) -> tuple[Message, ...]:
     """
     parts = _TRANSCRIPT.split("\n\n" + text.lstrip("\n"))
     if parts[0].strip() or len(parts) < 3:
-        raise InputError(f"{where}: {field} is no transcript (it must begin with Human: or Assistant:)")
+        raise InputError(
+            f"{where}: {field} is no transcript, which begins with Human: or Assistant: (or give the row a prompt)"
+        )
     roles = {"Human": "user", "Assistant": "assistant"}
     return tuple(
         Message(roles[name], text_of(said.strip(), f"{field}, turn {number}", where))
