@@ -111,15 +111,18 @@ class Start:
 
     def _compare_modules(self, method: Method, settings: Section, model: PreTrainedModel) -> None:
         """Refuse settings that name other modules than the folder has, or other values for them."""
-        differing = [
-            key
-            for key, value in self._held(settings).items()
-            if self.kind.start_keys[key] == "modules" and getattr(settings, key) != value
-        ]
+        by_modules = {
+            key: self._held(settings)[key] for key, how in self.kind.start_keys.items() if how == "modules"
+        }
+        differing = [key for key, value in by_modules.items() if getattr(settings, key) != value]
         if not differing:
             return
+        # A pattern of PEFT's may match nothing; ours must not. One that the recipe has from the folder is left out.
+        agreed = by_modules.keys() - {*differing, "targets", "layers"}
         make: Callable[..., Method] = self.kind
-        asked = make(**_arguments(settings)).layout(model)
+        asked = make(
+            **{key: value for key, value in _arguments(settings).items() if key not in agreed}
+        ).layout(model)
         held, problems = method.layout(model), []
         for key in differing:
             paths = [path for path in held[key] | asked[key] if held[key].get(path) != asked[key].get(path)]
