@@ -199,7 +199,7 @@ def _check_start(recipe: Recipe, *, resume: bool) -> str | None:
                 f"{place}: {name}: there is no {file} (give a PEFT adapter's folder, or a run's)"
             )
     output = _expanded(recipe.at("run.output"), recipe.run.output)
-    if folder.resolve().is_relative_to(output.resolve()):
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(output)):
         raise InputError(
             f"{place}: {name} is in run.output, which this run writes (choose another run.output)"
         )

@@ -45,7 +45,7 @@ def open_start(folder: Path, method: str) -> Start:
     """Return the PEFT adapter in `folder` as what a run of `method` starts from.
 
     Raises:
-        InputError: the folder is not a readable adapter of this method.
+        InputError: the folder is not a readable adapter of this method, or has settings that are not supported.
     """
     config = _peft.read_config(folder)
     kind = _kind(config, folder)
@@ -55,6 +55,7 @@ def open_start(folder: Path, method: str) -> Start:
             f"adapter.method: the adapter in {folder} is {own}, the recipe {method} (write method: {own} with its own"
             " keys, or choose another init_from)"
         )
+    _peft.require_neutral(str(folder / _peft.CONFIG_FILE), config, kind.disk_keys)
     return Start(folder, kind, config)
 
 

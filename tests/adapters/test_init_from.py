@@ -159,6 +159,7 @@ def test_adalora_goes_on_as_pefts_does(tmp_path: Path) -> None:
     assert any(layer.kept is not None for layer in method.layers.values())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_pruned_adalora_gets_its_room_back(tmp_path: Path, architecture: str) -> None:
     """Every layer has all triplets again, those that PEFT pruned at 0: the logits are the same, and ranks move anew."""
     live = written_by_peft(tmp_path, STEPS, architecture)
