@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,9 +15,10 @@ from command_line import run_here, snapshot
 from safetensors.torch import load_file, save_file
 from toy import lora, rows, write_base, write_recipe, write_rows
 
-from lora_cli import pipeline
+from lora_cli import adapters, pipeline
 from lora_cli.errors import InputError
 from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.schema import Adapter, Recipe
 
 BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": ({"rank": 4, "alpha": 8, "train_also": ["norm"]}, {"dropout": 0.1, "freeze_a": True}),
@@ -30,6 +31,8 @@ BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 """The adapter block of a first run, and what the second says besides `init_from`."""
+
+ADAPTERS: tuple[Any, ...] = get_args(get_args(Adapter)[0])
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,18 @@ def second(folder: Path, base: Path, start: Path | str, method: str = "lora", **
     """Write the recipe of a run that starts from `start`."""
     block = {"method": method, "init_from": str(start)} | BLOCKS[method][1]
     return write_recipe(folder, base, **{"adapter": block} | changes)
+
+
+def test_every_method_with_the_key_can_be_started_from() -> None:
+    """A block that has init_from is one that the recipe reads it from, and the keys settled by a folder are its own."""
+    for name in adapters.names():
+        block = next(kind for kind in ADAPTERS if kind.model_fields["method"].default == name)
+        start_keys = adapters.method_class(name).start_keys
+        assert ("init_from" in block.model_fields) == (name in BLOCKS)
+        if name in BLOCKS:
+            assert start_keys.keys() <= block.model_fields.keys()
+            assert set(start_keys.values()) <= {"value", "modules", "free"}
+            assert Recipe(adapter=block(init_from="x")).init_from() == "x"
 
 
 def test_two_runs_in_a_chain(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
