@@ -116,7 +116,7 @@ def test_a_start_computes_what_pefts_adapter_does(tmp_path: Path, name: str, arc
 
 
 @pytest.mark.filterwarnings("ignore:Specified to not")
-@pytest.mark.parametrize("name", [name for name in CASES if name != "qlora"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("qlora", "vera, drawn")])
 def test_training_goes_on_as_pefts_does(tmp_path: Path, name: str) -> None:
     """10 steps keep the losses of PEFT training its own adapter on to 1e-4; dropout is the recipe's."""
     architecture = "qwen2" if "bias" in name else "llama"
@@ -159,9 +159,9 @@ def test_adalora_goes_on_as_pefts_does(tmp_path: Path) -> None:
     assert any(layer.kept is not None for layer in method.layers.values())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_pruned_adalora_gets_its_room_back(tmp_path: Path, architecture: str) -> None:
+def test_pruned_adalora_gets_its_room_back(tmp_path: Path) -> None:
     """Every layer has all triplets again, those that PEFT pruned at 0: the logits are the same, and ranks move anew."""
+    architecture = "gpt2"
     live = written_by_peft(tmp_path, STEPS, architecture)
     held = load_file(tmp_path / _peft.TENSOR_FILE)
     before = {key.removeprefix(_peft.PREFIX): len(value) for key, value in held.items() if "lora_E" in key}
