@@ -10,7 +10,6 @@ adapter is injected, so bad input leaves nothing behind.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lora_cli import adapters, objectives
-from lora_cli.adapters import Method, _peft
+from lora_cli.adapters import Method, Start, _peft
 from lora_cli.data.render import settle_special_tokens
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
@@ -33,6 +32,7 @@ from lora_cli.models.load import (
     load_tokenizer,
 )
 from lora_cli.models.nf4 import Quantization
+from lora_cli.models.weight_files import read_json
 from lora_cli.publish import MANIFEST
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.schema import Recipe
@@ -62,10 +62,13 @@ def train(
     with _started(recipe) as (rt, log):
         with _timed(seconds, "prepare"):
             base = base_folder(recipe.model.base, recipe.model.revision)
+            recipe, start = _settle_start(recipe, base)
             tokenizer = load_tokenizer(base)
             prepared = prepare.run(recipe.data, recipe.objective.train_on, tokenizer, rt, log.line)
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
-            facts = report.fingerprints(prepared, base_fingerprint(base))
+            facts = report.fingerprints(
+                prepared, base_fingerprint(base), start.fingerprint() if start else None
+            )
         finished = None if overwrite else find_finished(folder, recipe, facts, resume=resume)
         if finished is not None:
             log.line(f"{folder.path}: finished already, nothing to do (--overwrite trains it again)")
@@ -75,7 +78,7 @@ def train(
         total = _total_steps(recipe, prepared)
         with _timed(seconds, "inject"):
             model, method = inject.run(
-                base, recipe.model.dtype, recipe.adapter, prepared, quantization=_quantization(recipe),
+                base, recipe.model.dtype, recipe.adapter, prepared, start=start, quantization=_quantization(recipe),
                 total_steps=total, max_length=recipe.data.max_length,
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
                 seed=recipe.run.seed, rt=rt, log=log.line,
@@ -175,15 +178,28 @@ def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
     return None, base_folder(str(target))
 
 
+def _settle_start(recipe: Recipe, base: Path) -> tuple[Recipe, Start | None]:
+    """Return the recipe with what the adapter that it starts from settles, and that adapter."""
+    name = recipe.init_from()
+    if name is None:
+        return recipe, None
+    folder = RunFolder(Path(name).expanduser()).adapter()
+    start = adapters.open_start(folder, recipe.adapter.method)
+    _require_base_of(folder, base)
+    return recipe.model_copy(update={"adapter": start.settle(recipe.adapter)}), start
+
+
 def _load_adapter(folder: Path, base: Path, model: PreTrainedModel) -> Method:
     """Inject an adapter; refuse one of ours that was trained on a base with other weights."""
-    manifest = folder / MANIFEST
-    trained_on = (
-        json.loads(manifest.read_text(encoding="utf-8")).get("model.base") if manifest.is_file() else None
-    )
-    if trained_on not in (None, base_fingerprint(base)):
-        raise InputError(f"{folder}: was trained on another base than {base}: config or weights differ")
+    _require_base_of(folder, base)
     return adapters.load(folder, model)
+
+
+def _require_base_of(adapter: Path, base: Path) -> None:
+    manifest = adapter / MANIFEST
+    trained_on = read_json(manifest).get("model.base") if manifest.is_file() else None
+    if trained_on not in (None, base_fingerprint(base)):
+        raise InputError(f"{adapter}: was trained on another base than {base}: config or weights differ")
 
 
 def _quantization(recipe: Recipe) -> Quantization | None:

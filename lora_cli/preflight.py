@@ -14,6 +14,7 @@ from typing import Literal
 
 from lora_cli.errors import InputError
 from lora_cli.models.safety import TINY, check_model_folder
+from lora_cli.models.weight_files import read_json
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime.run_folder import OURS, RunFolder
 
@@ -32,6 +33,7 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> l
         lambda: _check_data(recipe, "train"),
         lambda: _check_data(recipe, "eval") if recipe.data.eval is not None else None,
         lambda: _check_model(recipe),
+        lambda: _check_start(recipe, resume=resume),
         lambda: _check_output(recipe, resume=resume, overwrite=overwrite),
     )
 
@@ -177,6 +179,32 @@ def _check_model(recipe: Recipe) -> str:
     except InputError as error:
         raise InputError([f"{place}: {line}" for line in error.lines]) from None
     return f"model.base: {base}: {header.summary}"
+
+
+def _check_start(recipe: Recipe, *, resume: bool) -> str | None:
+    name, place = recipe.init_from(), recipe.at("adapter.init_from")
+    if name is None:
+        return None
+    _check_name(place, name)
+    target = _expanded(place, name)
+    if not os.path.lexists(target):
+        reason = "; a run that began from it needs it to be resumed" if resume else ""
+        raise InputError(f"{place}: {name}: no such folder{_near_matches(Path(name))}{reason}")
+    folder = RunFolder(target).adapter()
+    if folder != target and not folder.is_dir():
+        raise InputError(f"{place}: {name}: the run has no adapter/ (finish it, with peft in export.formats)")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise InputError(
+                f"{place}: {name}: there is no {file} (give a PEFT adapter's folder, or a run's)"
+            )
+    output = _expanded(recipe.at("run.output"), recipe.run.output)
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(output)):
+        raise InputError(
+            f"{place}: {name} is in run.output, which this run writes (choose another run.output)"
+        )
+    kind = read_json(folder / "adapter_config.json").get("peft_type")
+    return f"adapter.init_from: {name}: an adapter ({kind})"
 
 
 def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:

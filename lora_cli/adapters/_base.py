@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters._targets import BASE_LINEARS, match_targets, short_names
 from lora_cli.adapters._targets import BaseLinear as BaseLinear
+from lora_cli.adapters._targets import replace_module as replace_module
 from lora_cli.adapters._whole import TrainedModule
 from lora_cli.models.nf4 import QuantizedLinear
 from lora_cli.types import Progress
@@ -166,6 +167,9 @@ class Method:
     """PEFT's name of the method in adapter_config.json; empty where PEFT has none."""
     disk_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of adapter_config.json that `from_disk_config` takes into account; all others must be neutral."""
+    start_keys: ClassVar[Mapping[str, str]] = {}
+    """Keys of the recipe that an adapter settles from which a run starts, and how the two are compared: by `value`, by
+    what they come to on the model's `modules`, or not at all (`free`: the recipe may say otherwise)."""
 
     def __init__(self) -> None:
         self.layers = {}
@@ -205,9 +209,16 @@ class Method:
         """
         return match_targets(model, self.targets, where=self.targets_key)
 
+    def layout(self, model: PreTrainedModel) -> dict[str, dict[str, object]]:
+        """Return what keys come to on a model without adapters, by key and module path: spellings compare equal."""
+        return {"targets": dict.fromkeys(self.target_paths(model), "an adapter")}
+
     def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return the initialised layer for the base at `path`."""
         raise AssertionError(f"{type(self).__name__} makes no layers")
+
+    def continue_training(self) -> None:
+        """Make an adapter that was read one that can be trained on; what it computes stays the same."""
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters the optimizer updates, `<module>.<tensor>`."""
@@ -274,16 +285,15 @@ class Method:
         return bool(cls.peft_type) and config.get("peft_type") == cls.peft_type
 
     @classmethod
-    def from_disk_config(cls, config: Mapping[str, Any], where: str) -> Method:
-        """Return the method that an adapter_config.json describes, ready to inject; `where` heads a message.
+    def disk_settings(cls, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return the constructor's arguments that an adapter_config.json holds; `where` heads a message.
 
         Raises:
             InputError: a setting is missing, of the wrong type, or not supported.
         """
         raise AssertionError(f"{cls.__name__} has no disk format")
 
-
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path` of the model."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    @classmethod
+    def from_disk_config(cls, config: Mapping[str, Any], where: str, **changes: Any) -> Method:
+        """Return the method that an adapter_config.json describes, but for `changes`, ready to inject."""
+        raise AssertionError(f"{cls.__name__} has no disk format")

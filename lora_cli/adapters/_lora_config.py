@@ -25,6 +25,12 @@ KEYS = frozenset(
 )
 """What `read` takes into account."""
 
+START_KEYS: Mapping[str, str] = {
+    **dict.fromkeys(("rank", "alpha", "scaling", "bias"), "value"),
+    **dict.fromkeys(("targets", "layers", "rank_pattern", "alpha_pattern", "train_also"), "modules"),
+}
+"""What a recipe's keys have to do with an adapter that a run starts from; see `Method.start_keys`."""
+
 BIASES = {"none": "none", "adapter": "lora_only", "all": "all"}
 """Our names of which biases are trained, and PEFT's."""
 

@@ -141,6 +141,19 @@ def is_number(value: object, *, above: float = -1e-30, below: float = float("inf
     return isinstance(value, int | float) and not isinstance(value, bool) and above < value < below
 
 
+def method_of(kind: type[Method], config: Mapping[str, Any], folder: Path, **changes: Any) -> Method:
+    """Return the method that the settings of `folder` describe, but for `changes`, ready to inject.
+
+    Raises:
+        InputError: a setting is missing, of the wrong type, or not supported.
+    """
+    where = str(folder / CONFIG_FILE)
+    require_neutral(where, config, kind.disk_keys)
+    method = kind.from_disk_config(config, where, **changes)
+    method.targets_key = f"{where}: target_modules"
+    return method
+
+
 def fill(folder: Path, method: Method) -> None:
     """Copy the tensors of an adapter folder into the injected method; names and shapes must agree exactly.
 

@@ -67,6 +67,12 @@ def short_names(model: PreTrainedModel, paths: list[str]) -> list[str]:
     return names if match_targets(model, names) == paths else sorted(paths)
 
 
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path` of the model."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
 def _non_empty(paths: list[str], target: str, linears: Mapping[str, nn.Module], where: str) -> list[str]:
     if paths:
         return paths

@@ -169,6 +169,16 @@ def wrap(
     return whole
 
 
+def tie_equal(whole: Mapping[str, TrainedModule]) -> None:
+    """Train as one from here on what has one parameter in the base and equal values."""
+    made: dict[int, nn.Parameter] = {}
+    for module in whole.values():
+        for name, own in list(module.named_parameters(recurse=False)):
+            first = made.setdefault(id(module.base.get_parameter(name)), own)
+            if torch.equal(first, own):
+                module.register_parameter(name, first)
+
+
 def _require_leaf(path: str, module: nn.Module, where: str) -> None:
     if isinstance(module, QuantizedLinear):
         raise InputError(f"{where}: {path} is quantized, so it cannot be trained whole (give it an adapter)")

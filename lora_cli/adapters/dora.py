@@ -17,7 +17,7 @@ the length sees what the base computed, and no second product with W is needed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,8 @@ class Dora(Lora):
     disk_keys = frozenset(
         {"r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights", "use_dora"}
     )
+
+    start_keys: ClassVar[Mapping[str, str]] = {"rank": "value", "alpha": "value", "targets": "modules"}
 
     def __init__(
         self,

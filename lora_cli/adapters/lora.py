@@ -13,7 +13,7 @@ whole modules trained besides (`_whole.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Lora(Method):
 
     peft_type = "LORA"
     disk_keys = _lora_config.KEYS
+    start_keys = _lora_config.START_KEYS
 
     def __init__(
         self,
@@ -99,13 +100,29 @@ class Lora(Method):
                     f"adapter.bias: found {self.bias}, but no such bias is in the model (use none)"
                 )
         if self.train_also:
-            paths = (
-                _whole.choose(model, self.train_also, self.layers, "adapter.train_also")
-                if self.strict
-                else _whole.choose_as_peft(model, self.train_also, f"{self.targets_key}, modules_to_save")
-            )
-            self.whole |= _whole.wrap(model, paths, tie=self.strict)
+            self.whole |= _whole.wrap(model, self._whole_paths(model, self.layers), tie=self.strict)
         return self.layers
+
+    def _whole_paths(self, model: PreTrainedModel, adapted: Collection[str]) -> list[str]:
+        if self.strict:
+            return _whole.choose(model, self.train_also, adapted, "adapter.train_also")
+        return _whole.choose_as_peft(model, self.train_also, f"{self.targets_key}, modules_to_save")
+
+    def layout(self, model: PreTrainedModel) -> dict[str, dict[str, object]]:
+        """Return what the keys come to on a model without adapters, by key and module path."""
+        paths, value_at = self.target_paths(model), _lora_patterns.value_at
+        whole = self._whole_paths(model, paths) if self.train_also else []
+        return {
+            "targets": dict.fromkeys(paths, "an adapter"),
+            "layers": dict.fromkeys(paths, "an adapter"),
+            "rank_pattern": {path: value_at(self.rank_pattern, path, self.rank) for path in paths},
+            "alpha_pattern": {path: value_at(self.alpha_pattern, path, self.alpha) for path in paths},
+            "train_also": dict.fromkeys(whole, "its weights"),
+        }
+
+    def continue_training(self) -> None:
+        """Train modules that share a weight in the base as one, where they were; PEFT trains each by itself."""
+        _whole.tie_equal(self.whole)
 
     def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return a LoraLinear whose start is a function of seed and path, or of the base weight."""
@@ -176,9 +193,14 @@ class Lora(Method):
         return super().reads(config) and config.get("use_dora") is not True
 
     @classmethod
-    def from_disk_config(cls, config: Mapping[str, Any], where: str) -> Lora:
-        """Return the method that an adapter_config.json describes."""
-        method = cls(**_lora_config.read(config, where))
+    def disk_settings(cls, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return the constructor's arguments that an adapter_config.json holds."""
+        return _lora_config.read(config, where)
+
+    @classmethod
+    def from_disk_config(cls, config: Mapping[str, Any], where: str, **changes: Any) -> Lora:
+        """Return the method that an adapter_config.json describes, but for `changes`."""
+        method = cls(**cls.disk_settings(config, where) | changes)
         method.layer_names = _lora_config.layer_names(config)
         method.strict = False
         return method

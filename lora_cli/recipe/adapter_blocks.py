@@ -37,6 +37,9 @@ class DoraAdapter(Section):
     """Layers that get an adapter: `all-linear` (all linear layers but the output head; experts held in 3-D tensors are
     none), `attention`, `mlp`, a list of module names (`[q_proj, v_proj]`, matched at the end of the path), or a regular
     expression that matches the whole path."""
+    init_from: str | None = None
+    """Start from an adapter that exists, a PEFT folder or a run's folder. It settles rank, alpha and targets; a key
+    written here besides must agree. null: a new adapter."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield what is wrong with the targets."""
@@ -64,6 +67,9 @@ class VeraAdapter(Section):
     save_projection: bool = True
     """Write the shared matrices into the adapter and the checkpoints. false: smaller files, whose reader draws the
     matrices again and depends on torch's generator."""
+    init_from: str | None = None
+    """Start from an adapter that exists, a PEFT folder or a run's folder. It settles all keys but dropout, and the
+    shared matrices; a key written here besides must agree. null: a new adapter."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield what is wrong with the targets."""
@@ -100,6 +106,10 @@ class AdaLoraAdapter(Section):
     orthogonal_weight: Annotated[float, Field(ge=0.0, le=1_000.0)] = 0.5
     """Weight of the penalty that keeps rows of A and columns of B orthogonal; it is trained on, but is no part of a
     reported loss. 0: none."""
+    init_from: str | None = None
+    """Start from an adapter that exists, a PEFT folder or a run's folder. It settles initial_rank, alpha and targets; a
+    key written here besides must agree. target_rank is the adapter's too unless it is written here. Pruned triplets
+    come back empty, and the schedule is this run's own. null: a new adapter."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield ranks that would have to grow, and targets as in LoRA."""

@@ -66,6 +66,9 @@ class LoraAdapter(Section):
     train_also: list[str] = Field(default=[])
     """Modules trained whole besides, `[norm, lm_head]`: names matched at the end of the path. Modules that share a
     weight, as lm_head and embed_tokens do in many small models, are trained together. They are stored whole."""
+    init_from: str | None = None
+    """Start from an adapter that exists, a PEFT folder or a run's folder. It settles rank, alpha, targets, layers,
+    scaling, the patterns, bias and train_also; a key written here besides must agree. null: a new adapter."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield every broken rule that joins keys of this block, and every expression that does not compile."""
@@ -82,6 +85,9 @@ class LoraAdapter(Section):
             first, last = map(int, self.layers.split("-"))
             if first > last:
                 yield Conflict("adapter.layers", f"found {self.layers}, which ends before it begins")
+        if self.init != "default" and self.init_from is not None:
+            message = f"found {self.init}, but adapter.init_from already says how A and B start (remove one)"
+            yield Conflict("adapter.init", message, reads=("adapter.init_from",))
         if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
             message = "found orthogonal, which halves the rank (choose even ranks)"
             yield Conflict("adapter.init", message, reads=("adapter.rank", "adapter.rank_pattern"))

@@ -283,6 +283,12 @@ class Recipe(Section):
             return list(self.export.formats)
         return ["merged"] if isinstance(self.adapter, FullAdapter) else ["peft"]
 
+    def init_from(self) -> str | None:
+        """Return the folder of the adapter that the run starts from, as it is written; None for a new adapter."""
+        if isinstance(self.adapter, LoraAdapter | DoraAdapter | VeraAdapter | AdaLoraAdapter):
+            return self.adapter.init_from
+        return None
+
     def quantization(self) -> str:
         """Return how the base's linear layers are stored, with the default for the method filled in."""
         if self.model.quantize != "auto":

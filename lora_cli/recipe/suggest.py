@@ -40,6 +40,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "adapter.dropout": ("lora_dropout",),
     "adapter.train_also": ("modules_to_save", "lora_modules_to_save", "additional_target", "unfrozen_parameters"),
     "adapter.init": ("init_lora_weights", "peft_init_lora_weights", "init_method"),
+    "adapter.init_from": ("lora_model_dir", "adapter_name_or_path", "resume_adapter_file"),
     "adapter.layers": ("layers_to_transform", "lora_layers_to_transform", "num_layers", "lora_layers"),
     "adapter.scaling": ("use_rslora", "rslora", "peft_use_rslora"),
     "adapter.plus_ratio": ("loraplus_lr_ratio", "loraplus_ratio"),

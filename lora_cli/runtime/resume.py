@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "data.train",
     "data.eval",
     "model.base",
+    "adapter.init_from",
     "train.epochs",
     "train.max_steps",
     "train.micro_batch_tokens",
@@ -27,11 +28,19 @@ MAY_CHANGE = {
     "run.output",
     "run.device",
 }
-"""With more steps the schedule continues as f(step, new total). Data and base are compared by content, not by name.
-The other keys do not enter an update (micro-batches do, through the draws of a dropout)."""
+"""With more steps the schedule continues as f(step, new total). Data, base and the adapter it started from are compared
+by content, not by name. The other keys do not enter an update (micro-batches do, through the draws of a dropout)."""
 
-NOT_COMPARED = {"data.train", "data.eval", "model.base", "run.output", "run.device", "train.log_every"}
-"""Keys in which a finished run may differ from what is asked for; data and base are compared by content."""
+NOT_COMPARED = {
+    "data.train",
+    "data.eval",
+    "model.base",
+    "adapter.init_from",
+    "run.output",
+    "run.device",
+    "train.log_every",
+}
+"""Keys in which a finished run may differ from what is asked for; what a name leads to is compared by content."""
 
 _MAY_CHANGE_SECTIONS = ("evaluate", "export")
 
@@ -50,9 +59,7 @@ def find_finished(
     before = load_recipe(folder.path / RECIPE_FILE)
     changes = changed_keys(before.resolved(), recipe.resolved())
     differences = [f"{key}: {change}" for key, change in changes.items() if key not in NOT_COMPARED]
-    differences += [
-        f"{key}: another content" for key in facts if summary["fingerprints"].get(key) != facts[key]
-    ]
+    differences += _other_contents(summary["fingerprints"], facts)
     missing = [
         EXPORTS[form] for form in recipe.export_formats() if not (folder.path / EXPORTS[form]).is_dir()
     ]
@@ -90,8 +97,7 @@ def begin(
             before = load_recipe(folder.path / RECIPE_FILE)
             changes = changed_keys(before.resolved(), recipe.resolved())
             differences = [f"{key}: {change}" for key, change in changes.items() if changes_training(key)]
-            manifest = checkpoints.facts(step)
-            differences += [f"{key}: another content" for key in facts if manifest.get(key) != facts[key]]
+            differences += _other_contents(checkpoints.facts(step), facts)
             if step > total_steps:
                 differences.append(f"train.max_steps: the run stands at step {step} of now {total_steps}")
             if differences:
@@ -118,6 +124,13 @@ def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 def changes_training(key: str) -> bool:
     """Say whether a change of this key would make a continued run another run."""
     return key not in MAY_CHANGE and key.partition(".")[0] not in _MAY_CHANGE_SECTIONS
+
+
+def _other_contents(before: Mapping[str, Any], facts: Mapping[str, str]) -> list[str]:
+    """Return what is there now with another content, or had one that started the run and has none now."""
+    gone = [key for key in ("adapter.init_from",) if key in before and key not in facts]
+    changed = [key for key in facts if before.get(key) != facts[key]]
+    return [f"{key}: another content" for key in changed + gone]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

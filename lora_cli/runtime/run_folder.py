@@ -72,6 +72,11 @@ class RunFolder:
             self._remove((SUMMARY_FILE, "generations.jsonl", *EXPORTS.values()))
         (self.path / RECIPE_FILE).write_text(f"{MARK}\n{recipe_text}", encoding="utf-8")
 
+    def adapter(self) -> Path:
+        """Return where a PEFT adapter is kept in a folder: in `adapter/` of a run, else in the folder itself."""
+        inner = self.path / EXPORTS["peft"]
+        return inner if self.is_run() else self.path
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json by one rename."""
         write_json(self.path / SUMMARY_FILE, summary)

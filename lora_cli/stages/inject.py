@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli import adapters
-from lora_cli.adapters import Method
+from lora_cli.adapters import Method, Start
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, fastest_attention, load_model
@@ -30,6 +30,7 @@ def run(
     adapter: Adapter,
     prepared: Prepared,
     *,
+    start: Start | None,
     quantization: Quantization | None,
     total_steps: int,
     max_length: int,
@@ -40,9 +41,11 @@ def run(
 ) -> tuple[AdaptedModel, Method]:
     """Return the base of `folder` with the method injected, ready to train on the prepared rows.
 
+    With `start` the method begins at that adapter's values, and `adapter` has been settled by it.
+
     Raises:
         InputError: the model cannot be loaded or cannot take these rows, a target matches nothing in it or cannot be
-            adapted, or a schedule of the method does not fit into `total_steps`.
+            adapted, `start` does not fit it, or a schedule of the method does not fit into `total_steps`.
     """
     attention = fastest_attention(rt.device, max_length)
     model = load_model(
@@ -53,9 +56,13 @@ def run(
     packed = quantized_layers(model)
     in_packed = sum(layer.in_features * layer.out_features for layer in packed.values())
     total = in_packed + sum(parameter.numel() for parameter in model.parameters())
-    method = adapters.build(adapter, seed)
+    method = start.build(adapter, seed) if start else adapters.build(adapter, seed)
     method.plan(total_steps)
-    layers = method.inject(model)
+    if start:
+        log(start.inject(method, adapter, model))
+    else:
+        method.inject(model)
+    layers = method.layers
     _check_forward(model)
     trainable = method.trainable(model)
     # With no adapter to switch off, the base survives only as a copy of the weights that will change.
