@@ -173,6 +173,23 @@ def test_pefts_dora_is_refused_above_the_threshold(base: Path, merge: Merge, tmp
     assert difference(on_base(tmp_path / "out"), live) <= 1e-5
 
 
+def test_a_run_that_is_refused_leaves_what_the_named_command_merges(
+    base: Path, tmp_path: Path, merge: Merge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 5 after training; the adapter stands, no portable one does, and the command in the line does its work."""
+    path = write_recipe(
+        tmp_path, base, adapter=DORA, train__max_steps=2,
+        export__formats=["portable", "peft"], export__max_portable_error=1e-6,
+    )  # fmt: skip
+    result = run_here(capsys, "train", str(path))
+    assert result.code == 5
+    assert not (tmp_path / "run" / "portable").exists()
+    command = result.errors.split("merge it instead: lora-merge ")[1].split(";")[0].replace("DIR", "out")
+    assert merge(*command.split()).code == 0
+    live = peft.PeftModel.from_pretrained(on_base(base), tmp_path / "run" / "adapter").eval()
+    assert difference(on_base(tmp_path / "out"), live) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
