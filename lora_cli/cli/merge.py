@@ -50,7 +50,7 @@ def merge(
         ),
     ] = None,
 ) -> None:
-    """Write a plain model, the base with the update of a run or adapter in its weights; or with --adapter a plain LoRA."""
+    """Write a plain model: the base with the update of a run or adapter in it; with --adapter, a plain LoRA."""
     given = list(overrides or ())
     _require_effect(given, adapter, dtype)
     try:
