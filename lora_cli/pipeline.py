@@ -83,6 +83,7 @@ def train(
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
                 seed=recipe.run.seed, rt=rt, log=log.line,
             )  # fmt: skip
+        export.require_expressible(recipe.export_formats(), model, method)
         resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=resume)
         with _timed(seconds, "train"):
             trained = train_stage.run(
@@ -99,8 +100,11 @@ def train(
             card = report.model_card(summary, recipe)
             targets = {form: folder.path / EXPORTS[form] for form in recipe.export_formats()}
             sample = _sample(prepared.eval or prepared.train)
+            merge_with = f"lora-merge {folder.path} --output DIR"
+            if "peft" not in targets:
+                merge_with = "lora-train --resume with export.formats=[merged]"
             differences = _export(
-                targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample
+                targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample, merge_with
             )
 
         summary = report.complete(summary, differences, seconds, rt.device)
@@ -137,8 +141,13 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         return {"base": scores.base, "tuned": scores.tuned}
 
 
-def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) -> dict[str, Any]:
-    """Write the base with the adapter of `target` in its weights to `output`; return the folder and the difference."""
+def merge(
+    target: Path, output: Path, recipe: Recipe, dtype: str | None = None, form: str = "merged"
+) -> dict[str, Any]:
+    """Write the base with the adapter of `target` in its weights to `output`; return the folder and the difference.
+
+    With the form `portable` the adapter alone is written, as a plain LoRA of one rank.
+    """
     output = output.expanduser()
     with _started(recipe) as (rt, log):
         adapter, base = _locate(target, recipe)
@@ -146,7 +155,7 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
             raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
-        sample = _held_out_sample(recipe, base, rt, log)
+        sample = _held_out_sample(recipe, base, rt, log) if form == "merged" else []
         model = load_model(
             base,
             dtype=DTYPES[dtype or recipe.model.dtype],
@@ -156,12 +165,15 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
         method = _load_adapter(adapter, base, model)
         _, stop_ids = settle_special_tokens(load_tokenizer(base), recipe.data.template)
         card = adapter / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, merged\n"
+        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, {form}\n"
         adapted = AdaptedModel(model, method.placed())
+        merge_with = f"lora-merge {target} --output DIR"
+        if not RunFolder(target).is_run():
+            merge_with += f" model.base={recipe.model.base}"
         differences = _export(
-            {"merged": output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample
+            {form: output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample, merge_with
         )
-        return {"output": str(output), "max_logit_difference": differences.pop("merged"), **differences}
+        return {"output": str(output), "max_logit_difference": differences.pop(form), **differences}
 
 
 def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
@@ -249,6 +261,7 @@ def _export(
     rt: Runtime,
     log: Log,
     sample: Sequence[Example],
+    merge_with: str,
 ) -> dict[str, Any]:
     """Export in the one process that writes; return the logit difference of each format after it was read back."""
     if not rt.is_main:
@@ -259,7 +272,7 @@ def _export(
         targets, model, method,
         base=base, base_name=str(base.resolve()) if local else recipe.model.base, revision=recipe.model.revision,
         stop_ids=stop_ids, card=card, facts={"model.base": base_fingerprint(base)},
-        settings=recipe.export, sample=sample, log=log.line,
+        settings=recipe.export, sample=sample, merge_with=merge_with, log=log.line,
     )  # fmt: skip
 
 

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_cli.adapters import _portable
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method, OptimizerState
 from lora_cli.adapters._low_rank import LoraLinear
-from lora_cli.adapters.lora import Lora
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
 from lora_cli.types import Progress
@@ -178,25 +178,13 @@ class Relora(Method):
             for name, now in (("past_A", layer.past_A[:0]), ("past_B", layer.past_B[:, :0])):
                 setattr(layer, name, state[f"{path}.{name}"].to(now.device) if self.restarts else now)
 
-    @torch.no_grad()
     def as_peft(self) -> tuple[Method, dict[str, float]]:
         """Return the whole update as one plain LoRA of scale 1 and of one rank, and each layer's relative error.
 
         The rank is that of the widest layer's update, which loses nothing but rounding, or `export_rank` if that is
         less; updates of a lower rank are padded with zeros.
         """
-        updates = {path: layer.plain_factors() for path, layer in self._layers().items()}
-        rank = max(min(len(a), len(b), a.shape[1]) for a, b in updates.values())
-        rank = min(rank, self.export_rank or rank)
-        written, errors = Lora(rank=rank, alpha=float(rank), targets=self.targets), {}
-        written.disk_targets = self.disk_targets
-        for path, (a, b) in updates.items():
-            layer = LoraLinear(self.layers[path].base, rank=rank, alpha=float(rank))
-            left, right, errors[path] = truncate(b, a, rank)
-            layer.lora_B[:, : left.shape[1]] = left
-            layer.lora_A[: len(right)] = right
-            written.layers[path] = layer
-        return written, errors
+        return _portable.plain_lora(self, self.export_rank)
 
     def _layers(self) -> dict[str, ReloraLinear]:
         return {path: layer for path, layer in self.layers.items() if isinstance(layer, ReloraLinear)}
@@ -217,29 +205,6 @@ def prune(moments: Mapping[str, Tensor], fraction: float, seed: int | None) -> N
         order = torch.randperm(len(size), generator=torch.Generator().manual_seed(seed)).to(size.device)
     for moment in moments.values():
         moment.view(-1)[order[: round(fraction * len(size))]] = 0.0
-
-
-def truncate(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the best approximation of b a, (out, R) (R, in), of at most `rank`, and its relative error.
-
-    It is float32 factors (out, k), (k, in) that share the singular values evenly, k <= rank; the error is that of the
-    Frobenius norm, and counts their rounding. All is computed in float64 on (R, R): the product is never formed.
-    """
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    u, values, v = torch.linalg.svd(r_b @ r_a.T)
-    root = values[:rank].sqrt()
-    left = (q_b @ (u[:, : len(root)] * root)).float()
-    right = ((root[:, None] * v[: len(root)]) @ q_a.T).float()
-    lost = _norm(torch.cat([b, -left], dim=1), torch.cat([a, right]))
-    whole = float(torch.linalg.vector_norm(values))
-    return left, right, lost / whole if whole else 0.0
-
-
-def _norm(b: Tensor, a: Tensor) -> float:
-    """Return the Frobenius norm of b a."""
-    r_b, r_a = (torch.linalg.qr(factor.double(), mode="r").R for factor in (b, a.T))
-    return float(torch.linalg.matrix_norm(r_b @ r_a.T))
 
 
 METHOD = Relora

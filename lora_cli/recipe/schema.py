@@ -20,6 +20,8 @@ from lora_cli.recipe.adapter_blocks import DoraAdapter as DoraAdapter
 from lora_cli.recipe.adapter_blocks import FullAdapter as FullAdapter
 from lora_cli.recipe.adapter_blocks import ReloraAdapter as ReloraAdapter
 from lora_cli.recipe.adapter_blocks import VeraAdapter as VeraAdapter
+from lora_cli.recipe.export_block import Export as Export
+from lora_cli.recipe.export_block import format_conflicts
 from lora_cli.recipe.lora_block import LoraAdapter as LoraAdapter
 from lora_cli.recipe.lora_block import QloraAdapter as QloraAdapter
 from lora_cli.recipe.section import Conflict as Conflict
@@ -191,22 +193,6 @@ class Evaluate(Section):
     GPU, less for a large vocabulary."""
 
 
-class Export(Section):
-    """What is written at the end."""
-
-    formats: Annotated[list[Literal["peft", "merged"]], Field(min_length=1)] | None = None
-    """peft: `adapter/`, a PEFT adapter that stands alone. merged: `merged/`, a plain model with the update in its
-    weights. null: peft, or merged for full fine-tuning."""
-    max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
-    """Largest weight file of a merged model, in bytes."""
-    merge_base: Literal["auto", "full", "dequantized"] = "auto"
-    """What the update of a quantized base is merged into. full: the base as it is on disk. dequantized: the weights it
-    was trained on. auto: both are measured against the live model on sample rows, and the nearer is taken."""
-    max_merge_kl: Annotated[float, Field(ge=0.0)] | None = None
-    """Refuse a merged model of a quantized base whose mean KL divergence from the live model on the sample rows, in
-    nats a token, is above this. null: it is only stated."""
-
-
 class Run(Section):
     """Where the run is kept, and how it is computed."""
 
@@ -235,9 +221,7 @@ class Recipe(Section):
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield every broken rule that joins keys of two blocks."""
-        if isinstance(self.adapter, FullAdapter) and "peft" in self.export_formats():
-            message = "found peft, but full fine-tuning has no adapter to write (use merged)"
-            yield Conflict("export.formats", message, reads=("adapter.method",))
+        yield from format_conflicts(self.export_formats(), self.adapter)
         yield from self._quantization_conflicts()
         if self.data.eval is None and self.train.eval_every is not None:
             message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"

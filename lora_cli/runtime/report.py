@@ -56,7 +56,7 @@ def complete(
     summary: dict[str, Any], export: dict[str, Any], seconds: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
     """Return the summary of a finished run; `export` holds the logit difference of each exported format, and
-    what a merge was measured to."""
+    what a merge or a portable adapter was measured to."""
     return summary | {
         "status": "done",
         "export": export,

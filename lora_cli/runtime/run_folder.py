@@ -1,6 +1,7 @@
 """The folder a run leaves behind: who owns it, what stands in it, and the summary.
 
-recipe.yaml  metrics.jsonl  generations.jsonl  checkpoints/  adapter/  merged/  summary.json
+recipe.yaml  metrics.jsonl  generations.jsonl  checkpoints/  adapter/  merged/  portable/
+summary.json
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
 MARK = "# Written by lora-cli: the recipe of this run, every default written out."
 """First line of a run's recipe.yaml, by which a run is known from a folder with a recipe of the user's own."""
-EXPORTS = {"peft": "adapter", "merged": "merged"}
-"""Folder of each export format."""
+EXPORTS = {"peft": "adapter", "merged": "merged", "portable": "portable"}
+"""Folder of each export format; the first that a run has is what is evaluated: a portable one may be inexact."""
 OURS = (
     RECIPE_FILE,
     SUMMARY_FILE,

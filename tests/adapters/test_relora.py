@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli import adapters
 from lora_cli.adapters._base import Method
 from lora_cli.adapters._low_rank import LoraLinear
+from lora_cli.adapters._portable import truncate
 from lora_cli.adapters.lora import Lora
-from lora_cli.adapters.relora import Relora, ReloraLinear, prune, truncate
+from lora_cli.adapters.relora import Relora, ReloraLinear, prune
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.recipe import schema

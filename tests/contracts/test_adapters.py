@@ -15,7 +15,7 @@ from toy import write_base, write_recipe
 from transformers import PreTrainedModel
 
 from lora_cli import adapters, pipeline
-from lora_cli.adapters import Method, _peft
+from lora_cli.adapters import Method, _peft, _portable
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives.sft import Sft
 from lora_cli.recipe import schema
@@ -218,6 +218,30 @@ def test_trained_on_nf4_it_opens_on_the_full_base(tmp_path: Path, name: str, arc
     ours = make_model(architecture)
     adapters.load(tmp_path, ours)
     assert float((logits(ours) - logits(theirs)).abs().max()) <= 1e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", WITH_LAYERS)
+def test_its_portable_adapter_is_as_near_as_it_says(tmp_path: Path, name: str, architecture: str) -> None:
+    """As plain LoRA each layer misses what is told of its update, nothing where it has factors; PEFT reads it so."""
+    model, method = injected(name, architecture)
+    train(model, method)
+    written, errors = _portable.plain_lora(method)
+    _peft.write(tmp_path, written, base_name="base", revision=None)
+    tensors = load_file(tmp_path / _peft.TENSOR_FILE)
+    for path, layer in method.layers.items():
+        a, b = (tensors[f"{_peft.PREFIX}{path}.lora_{which}.weight"] for which in "AB")
+        assert len(a) == b.shape[1] == written.rank
+        update = (layer.merged_weight() - layer.base_weight().float()).detach()
+        assert errors[path] == pytest.approx(
+            float((update - b @ a).norm() / update.norm()), rel=1e-3, abs=1e-5
+        )
+        assert layer.plain_factors() is None or errors[path] <= 1e-5
+    theirs = peft.PeftModel.from_pretrained(make_model(architecture), tmp_path).eval()
+    if max(errors.values()) <= 1e-5:
+        assert float((logits(theirs) - logits(model)).abs().max()) <= 1e-5  # type: ignore[arg-type]
+    ours = make_model(architecture)
+    adapters.load(tmp_path, ours)
+    assert float((logits(theirs) - logits(ours)).abs().max()) <= 1e-5  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", WITH_LAYERS)
