@@ -64,9 +64,9 @@ def run(
     """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
     A method that PEFT cannot hold is written as one that it can, and how far that is from it is logged and said in the
-    model card. `card` is the model card's text, `facts` join the manifest. The tokenizer's files come from `base`, byte
-    for byte. On the rows of `sample` it is measured what a quantized base is best merged into; the figures are returned
-    as `merge_base`.
+    model card, as is a note of the method's own. `card` is the model card's text, `facts` join the manifest. The
+    tokenizer's files come from `base`, byte for byte. On the rows of `sample` it is measured what a quantized base is
+    best merged into; the figures are returned as `merge_base`.
 
     Raises:
         InputError: a target exists.
@@ -81,9 +81,12 @@ def run(
                 written, errors = method.as_peft()
                 _peft.write(staging, written, base_name=base_name, revision=revision)
                 difference, from_live = _reload_adapter(staging, model, written)
+                notes = [method.note()] if method.note() else []
                 if errors:
-                    note = _approximation(written, errors, from_live, model.model.dtype)
-                    log(f"export: {note}")
+                    notes.append(_approximation(written, errors, from_live, model.model.dtype))
+                for line in notes:
+                    log(f"export: {line}")
+                note = "\n\n".join(notes)
             elif quantized_layers(model.model):
                 chosen, figures = _merge_base.choose(settings, model, base, sample, log)
                 differences["merge_base"] = {"chosen": chosen, **figures}

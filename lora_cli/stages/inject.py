@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lora_cli.models.load import DTYPES, fastest_attention, load_model
 from lora_cli.models.nf4 import Quantization, quantized_layers
 from lora_cli.recipe.schema import Adapter
 from lora_cli.runtime.dist import Runtime
+from lora_cli.stages._start_source import StartSource
 from lora_cli.types import Prepared
 
 _POSITION_TABLE = re.compile(r"(wpe|embed_positions|position_embeddings?)$")
@@ -34,11 +35,15 @@ def run(
     total_steps: int,
     max_length: int,
     max_generated: int,
+    batch_size: int,
     seed: int,
+    resumed: Callable[[], Mapping[str, Tensor] | None],
     rt: Runtime,
     log: Callable[[str], None],
 ) -> tuple[AdaptedModel, Method]:
     """Return the base of `folder` with the method injected, ready to train on the prepared rows.
+
+    `resumed` gives the method's state in the checkpoint that the run goes on from, for a start that must not change.
 
     Raises:
         InputError: the model cannot be loaded or cannot take these rows, a target matches nothing in it or cannot be
@@ -55,6 +60,8 @@ def run(
     total = in_packed + sum(parameter.numel() for parameter in model.parameters())
     method = adapters.build(adapter, seed)
     method.plan(total_steps)
+    source = StartSource(folder, prepared, batch_size=batch_size, seed=seed, resumed=resumed, rt=rt)
+    lines = method.prepare(model, source)
     layers = method.inject(model)
     _check_forward(model)
     trainable = method.trainable(model)
@@ -74,6 +81,8 @@ def run(
         f"{adapter.method} trains {trained:,} ({trained / total:.2%})"
         + (f" in {len(layers)} layers" if layers else "")
     )
+    for line in lines:
+        log(line)
     if layers and experts:
         log(f"model: {experts:,} of its parameters are experts held in 3-D tensors; they get no adapter")
     return AdaptedModel(model, method.placed(), frozen_copy), method
