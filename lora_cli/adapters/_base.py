@@ -182,11 +182,7 @@ class Method:
         """
 
     def prepare(self, model: PreTrainedModel, source: StartSource) -> list[str]:
-        """Learn from the base, the rows or a checkpoint how to start, before `inject`; return lines for the log.
-
-        Raises:
-            InputError: there is no such start in this model.
-        """
+        """Learn from the base, the rows or a checkpoint how to start, before `inject`; return lines for the log."""
         del model, source
         return []
 

@@ -29,6 +29,11 @@ SIMILAR = 0.99
 _EXACT = 512
 """Shorter side of a matrix up to which its singular values are computed exactly; beyond it by random projection."""
 
+_UNCALLED = (
+    "adapter.init: eva reads a layer's input at every token, but the model does not call {} for each of them"
+    " (leave it out of adapter.targets, or choose another init)"
+)
+
 _ROUNDS = 4
 """Power iterations of the random projection."""
 
@@ -99,10 +104,7 @@ class Inputs:
         self._forward(ids, torch.ones_like(ids), layers, found.__setitem__)
         missing = [path for path in layers if path not in found]
         if missing:
-            raise InputError(
-                f"adapter.init: eva saw no input of {missing[0]}, which the model does not call for every token"
-                " (leave it out of adapter.targets, or choose another init)"
-            )
+            raise InputError(_UNCALLED.format(missing[0]))
         owners: dict[int, list[str]] = {}
         for path in layers:
             owners.setdefault(id(found[path]), []).append(path)
@@ -116,12 +118,14 @@ class Inputs:
 
         Raises:
             DivergedError: they are not finite.
+            InputError: a layer was not given all tokens.
         """
         real = batch.attention_mask.bool().flatten()
 
         def take(path: str, x: Tensor) -> None:
             rows = x.reshape(-1, x.shape[-1])
-            assert len(rows) == len(real), f"{path} does not read one row a token"
+            if len(rows) != len(real):
+                raise InputError(_UNCALLED.format(path))
             rows = rows[real].float()
             if not bool(torch.isfinite(rows).all()):
                 raise DivergedError(

@@ -120,9 +120,9 @@ def loftq_starts(
 def loftq(weight: Tensor, quantized: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, float, float]:
     """Return A and B of LoftQ, and the relative error of the weight without and with them (arXiv 2310.08659).
 
-    Given Q, scale B A is the nearest matrix of its rank to W - Q (eq. 6 with Q fixed, solved by eq. 8 and 9). It is
-    one round (T = 1) of algorithm 1: further rounds would quantize another matrix than W, and the base would no longer
-    be the user's own as the recipe quantizes it, which the exported adapter is meant for.
+    Given Q, scale B A is the nearest matrix of its rank to W - Q (eq. 6 with Q fixed). It is one round (T = 1) of
+    algorithm 1: further rounds would quantize another matrix than W, and the base would no longer be the user's own as
+    the recipe quantizes it, which the exported adapter is meant for.
     """
     weight, quantized = weight.float(), quantized.float()
     missing = weight - quantized

@@ -61,7 +61,8 @@ def run(
     method = adapters.build(adapter, seed)
     method.plan(total_steps)
     source = StartSource(folder, prepared, batch_size=batch_size, seed=seed, resumed=resumed, rt=rt)
-    lines = method.prepare(model, source)
+    for line in method.prepare(model, source):
+        log(line)
     layers = method.inject(model)
     _check_forward(model)
     trainable = method.trainable(model)
@@ -81,8 +82,6 @@ def run(
         f"{adapter.method} trains {trained:,} ({trained / total:.2%})"
         + (f" in {len(layers)} layers" if layers else "")
     )
-    for line in lines:
-        log(line)
     if layers and experts:
         log(f"model: {experts:,} of its parameters are experts held in 3-D tensors; they get no adapter")
     return AdaptedModel(model, method.placed(), frozen_copy), method
