@@ -105,6 +105,7 @@ def test_ranks_and_spaces_are_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
+@torch.no_grad()
 def test_the_sum_of_ranks_and_each_scale_stay(architecture: str, scaling: str) -> None:
     """Whatever rho, ranks sum to what they were, none is above its limit, and no update is scaled otherwise."""
     plain = adapters.build(LoraAdapter(rank=4, alpha=6.0, scaling=scaling), seed=1)
