@@ -41,7 +41,7 @@ from lora_cli.runtime.checkpoint import exports_best
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.faults import resource_faults
 from lora_cli.runtime.log import Log
-from lora_cli.runtime.resume import begin, find_finished
+from lora_cli.runtime.resume import begin, find_finished, method_state
 from lora_cli.runtime.run_folder import EXPORTS, RunFolder
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import export, inject, prepare
@@ -81,7 +81,8 @@ def train(
                 base, recipe.model.dtype, recipe.adapter, prepared, start=start, quantization=_quantization(recipe),
                 total_steps=total, max_length=recipe.data.max_length,
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
-                seed=recipe.run.seed, rt=rt, log=log.line,
+                batch_size=recipe.train.batch_size, seed=recipe.run.seed,
+                resumed=lambda: method_state(folder, recipe) if resume else None, rt=rt, log=log.line,
             )  # fmt: skip
         export.require_expressible(recipe.export_formats(), model, method)
         resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=resume)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import peft
 import torch
-from small import make_model
+from small import make_model, make_rows
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lora_cli import adapters
 from lora_cli.adapters import Method
+from lora_cli.objectives._base import pad_batches
 from lora_cli.recipe.schema import LoraAdapter
+from lora_cli.types import Batch
 
 TARGETS = {
     "llama": ["q_proj", "down_proj"],
@@ -57,6 +62,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"init": "olora", "scaling": "rslora", "rank_pattern": {"FIRST": 6}, "alpha_pattern": {"FIRST": 5.0}},
         {},
     ),
+    "eva": ({"init": "eva"}, {}),
+    "eva, rslora, patterns": (
+        {"init": "eva", "scaling": "rslora", "rank_pattern": {"FIRST": 6}, "alpha_pattern": {"FIRST": 5.0}},
+        {},
+    ),
+    "eva, many ranks to few layers": ({"init": "eva", "rank": 1, "eva_rho": 8.0}, {}),
     "bias of adapters": ({"bias": "adapter"}, {"bias": "lora_only"}),
     "every bias": ({"bias": "all"}, {"bias": "all"}),
     "norm": ({"train_also": ["NORM"]}, {"modules_to_save": ["NORM"]}),
@@ -76,6 +87,35 @@ CASES += [("pissa", "qwen2"), ("norm", "llama"), ("norm, embedding, head", "llam
 """Every variant on layers that store (out, in) and (in, out); on both kinds of bias and of head besides."""
 
 
+class Source:
+    """What a start may ask for, from rows and models that are made up; `state` is that of a checkpoint."""
+
+    def __init__(self, architecture: str, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.full, self.state = make_model(architecture), state
+        rows = list(enumerate(make_rows(24)))
+        self.fixed = [
+            batch
+            for part in (rows[:8], rows[8:16], rows[16:])
+            for batch in pad_batches(part, tokens=4096, pad_id=0, device=torch.device("cpu"))
+        ]
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield three batches again and again."""
+        return itertools.cycle(self.fixed)
+
+    def full_weight(self, path: str) -> torch.Tensor:
+        """Return the float32 model's weight, (out, in)."""
+        layer = self.full.get_submodule(path)
+        return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
+
+    def agree(self, tensors: Sequence[torch.Tensor]) -> None:
+        """There is one process."""
+
+    def resumed(self) -> Mapping[str, torch.Tensor] | None:
+        """Return what was given."""
+        return self.state
+
+
 def settings(name: str, architecture: str, whose: int) -> dict[str, Any]:
     """Return a variant's settings, ours (0) or PEFT's (1)."""
     text = json.dumps(VARIANTS[name][whose])
@@ -89,9 +129,10 @@ def ours(
     name: str, architecture: str, dtype: torch.dtype = torch.float32, quantize: str | None = None
 ) -> tuple[PreTrainedModel, Method]:
     """Return a model with a variant in it, as a recipe would place it."""
-    block = LoraAdapter(rank=4, alpha=6.0, targets=TARGETS[architecture], **settings(name, architecture, 0))
+    chosen = {"rank": 4, "alpha": 6.0, "targets": TARGETS[architecture], **settings(name, architecture, 0)}
     model = make_model(architecture, dtype, quantize=quantize)
-    method = adapters.build(block, seed=1)
+    method = adapters.build(LoraAdapter(**chosen), seed=1)
+    method.prepare(model, Source(architecture))
     method.inject(model)
     return model, method
 

@@ -26,7 +26,7 @@ from lora_cli.adapters._targets import BaseLinear as BaseLinear
 from lora_cli.adapters._targets import replace_module as replace_module
 from lora_cli.adapters._whole import TrainedModule
 from lora_cli.models.nf4 import QuantizedLinear
-from lora_cli.types import Progress
+from lora_cli.types import Progress, StartSource
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -185,6 +185,11 @@ class Method:
             InputError: a schedule of the method's own does not fit into them.
         """
 
+    def prepare(self, model: PreTrainedModel, source: StartSource) -> list[str]:
+        """Learn from the base, the rows or a checkpoint how to start, before `inject`; return lines for the log."""
+        del model, source
+        return []
+
     def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
         """Freeze the base, put a layer around each target, and return the layers by module path.
 
@@ -254,6 +259,10 @@ class Method:
     def report(self) -> list[str]:
         """Return lines on what the method came to, to be logged after the last step."""
         return []
+
+    def note(self) -> str:
+        """Return what a user of the exported adapter must know, for the log and the model card; empty: nothing."""
+        return ""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs besides the trained parameters and the optimizer's state."""

@@ -21,6 +21,7 @@ KEYS = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "modules_to_save",
+        "eva_config",  # how a start was computed that is in the tensors
     }
 )
 """What `read` takes into account."""
@@ -55,7 +56,7 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         ),
         init_lora_weights=(
             "a start that leaves the base as it is",
-            config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal"),
+            config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva"),
         ),
         use_rslora=("true or false", isinstance(config.get("use_rslora", False), bool)),
         rank_pattern=(

@@ -6,13 +6,14 @@ A (r, in) starts Kaiming-uniform as in the authors' code (the paper says Gaussia
 the model is unchanged at injection. The layers are in `_low_rank.py`.
 
 Variants, each a key of the recipe's block: rsLoRA's scale (2312.03732), ranks and alphas by module, a choice of decoder
-layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_lora_init.py`), biases and
-whole modules trained besides (`_whole.py`).
+layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_lora_init.py`, and EVA's from
+the data, `_lora_eva.py`), biases and whole modules trained besides (`_whole.py`).
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_cli.adapters import _lora_config, _lora_init, _lora_patterns, _whole
+from lora_cli.adapters import _lora_config, _lora_eva, _lora_init, _lora_patterns, _low_rank, _whole
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method
 from lora_cli.adapters._low_rank import LoraLinear, ShiftedLoraLinear
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
+from lora_cli.types import StartSource
 
 
 class Lora(Method):
@@ -48,6 +50,8 @@ class Lora(Method):
         plus_ratio: float = 1.0,
         freeze_a: bool = False,
         init: str = "default",
+        eva_rho: float = 2.0,
+        eva_tokens: int = 65_536,
         bias: str = "none",
         train_also: Sequence[str] = (),
         seed: int = 0,
@@ -58,6 +62,11 @@ class Lora(Method):
         self.rslora, self.plus_ratio, self.freeze_a = scaling == "rslora", plus_ratio, freeze_a
         self.rank_pattern, self.alpha_pattern = rank_pattern or {}, alpha_pattern or {}
         self.bias, self.train_also = bias, list(train_also)
+        self.eva_rho, self.eva_tokens = eva_rho, eva_tokens
+        self.starts: dict[str, tuple[Tensor, Tensor]] | None = None
+        """A and B of layers that are yet to be made; None before `prepare`, which the starts in `PREPARED` need."""
+        self.eva_ranks: dict[str, int] = {}
+        """Rank of every target, 0 included, where EVA has shared them out."""
         self.layer_names: list[str] = []
         """Names before the number of a decoder layer; empty: any."""
         self.strict = True
@@ -80,7 +89,55 @@ class Lora(Method):
         if self.strict:
             _lora_patterns.require_used(self.rank_pattern, paths, "adapter.rank_pattern")
             _lora_patterns.require_used(self.alpha_pattern, paths, "adapter.alpha_pattern")
-        return paths
+        return [path for path in paths if self.eva_ranks.get(path) != 0]
+
+    def prepare(self, model: PreTrainedModel, source: StartSource) -> list[str]:
+        """Compute the starts that depend on the run's rows or on the base's files, and EVA's ranks.
+
+        Raises:
+            InputError: a rank is more than a layer can have, or there is nothing to start from.
+        """
+        if self.init not in _lora_init.PREPARED:
+            return []
+        paths, resumed, self.starts = self.target_paths(model), source.resumed(), {}
+        ranks = {path: _lora_patterns.value_at(self.rank_pattern, path, self.rank) for path in paths}
+        if self.init == "loftq":
+            if resumed is not None:
+                return []
+            scales = {
+                path: _low_rank.scale_of(self._alpha_of(path), rank, self.rslora)
+                for path, rank in ranks.items()
+            }
+            self.starts, line = _lora_init.loftq_starts(model, ranks, scales, source.full_weight)
+            source.agree([factor for start in self.starts.values() for factor in start])
+            return [line]
+        if resumed is not None and len(resumed.get("eva_ranks", ())) == len(paths):
+            self._share_out(ranks, dict(zip(paths, resumed["eva_ranks"].tolist(), strict=True)))
+            return []
+        shared, starts, line = _lora_eva.start(
+            model, ranks, rho=self.eva_rho, limit=self.eva_tokens, source=source
+        )
+        self._share_out(ranks, shared)
+        self.starts = {path: (a, torch.zeros((), device=a.device)) for path, a in starts.items()}
+        return [line]
+
+    def _alpha_of(self, path: str) -> float:
+        return _lora_patterns.value_at(self.alpha_pattern, path, self.alpha)
+
+    def _share_out(self, before: Mapping[str, int], ranks: dict[str, int]) -> None:
+        """Take over EVA's ranks; an alpha changes with its rank so that the scale of the update stays."""
+        kept = {
+            re.escape(path): (rank, before[path], self._alpha_of(path))
+            for path, rank in ranks.items()
+            if rank
+        }
+        alphas = {
+            path: alpha * (math.sqrt(rank / old) if self.rslora else rank / old)
+            for path, (rank, old, alpha) in kept.items()
+        }
+        self.eva_ranks = ranks
+        self.rank_pattern = {path: rank for path, (rank, _, _) in kept.items() if rank != self.rank}
+        self.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != self.alpha}
 
     def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
         """Place the adapters, and train biases and whole modules besides where the settings say so.
@@ -125,18 +182,26 @@ class Lora(Method):
         _whole.tie_equal(self.whole)
 
     def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
-        """Return a LoraLinear whose start is a function of seed and path, or of the base weight."""
+        """Return a LoraLinear whose start is a function of seed and path, of the base weight, or of `prepare`."""
         rank = _lora_patterns.value_at(self.rank_pattern, path, self.rank)
         seed = stream_seed(self.seed, "adapter", path)
         layer = (ShiftedLoraLinear if self.init in _lora_init.FROM_BASE else LoraLinear)(
             base,
             rank=rank,
-            alpha=_lora_patterns.value_at(self.alpha_pattern, path, self.alpha),
+            alpha=self._alpha_of(path),
             dropout=self.dropout,
             rslora=self.rslora,
         )
-        if self.init == "default":
-            layer.reset(seed)
+        if isinstance(layer, ShiftedLoraLinear):
+            layer.frozen_a = self.freeze_a
+        if self.init in ("default", *_lora_init.PREPARED):
+            # Not in `starts`: not a start of this kind, or all of it is in the checkpoint that the run goes on from.
+            assert self.init == "default" or self.starts is not None
+            start = (self.starts or {}).pop(path, None)
+            if start is None:
+                layer.reset(seed)
+            else:
+                layer.start_from(*start)
         else:
             layer.start_from(
                 *_lora_init.factors(self.init, layer.base_weight(), rank, layer.scale, seed, path)
@@ -149,8 +214,10 @@ class Lora(Method):
         return self.plus_ratio if name.endswith(".lora_B") else 1.0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what is neither trained nor in the base: A where it is frozen, and a start other than zero."""
+        """Return what is neither trained nor in the base: A where frozen, a start other than zero, EVA's ranks."""
         state: dict[str, Tensor] = {}
+        if self.eva_ranks:
+            state["eva_ranks"] = torch.tensor(list(self.eva_ranks.values()))  # in the order of the targets
         for path, layer in self.layers.items():
             if self.freeze_a and isinstance(layer, LoraLinear):
                 state[f"{path}.lora_A"] = layer.lora_A
@@ -164,10 +231,19 @@ class Lora(Method):
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
 
+    def note(self) -> str:
+        """Say that LoftQ's adapter belongs to the quantized base."""
+        if self.init != "loftq":
+            return ""
+        return (
+            "The adapter holds a correction of the base's quantization (LoftQ): use it on the base quantized as the"
+            " recipe says, not in full precision"
+        )
+
     def disk_config(self) -> dict[str, Any]:
         """Return PEFT's LoRA keys; a whole alpha is written as an integer, as older readers expect."""
-        # A start other than zero stands on disk with twice the rank, and with alpha raised to keep the scale.
-        times = 2 if self.init in _lora_init.FROM_BASE else 1
+        # A start other than zero may stand on disk with twice the rank, and with alpha raised to keep the scale.
+        times = 2 if self.init in _lora_init.FROM_BASE and not self.freeze_a else 1
         raised = math.sqrt(times) if self.rslora else times
         ranks = _lora_patterns.lasting(self.rank_pattern, list(self.layers))
         alphas = _lora_patterns.lasting(self.alpha_pattern, list(self.layers))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lora_cli.recipe.section import Conflict, Section, regex_fault
+from lora_cli.recipe.section import Conflict, PositiveInt, Section, regex_fault
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Alpha = Annotated[float, Field(gt=0, le=1_000_000)]
@@ -50,10 +50,18 @@ class LoraAdapter(Section):
     from a dot on; the first that matches counts."""
     alpha_pattern: dict[str, Alpha] = Field(default={})
     """Other alphas for some targets, matched like rank_pattern."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"] = "default"
     """How A and B start. default: A uniform, B zero. gaussian: A normal, B zero. orthogonal: both random, B A zero.
     pissa (arXiv 2404.02948), olora (arXiv 2406.01775): at the base weight's largest singular directions, or at its QR
-    factors; the base itself stays as it is, and the adapter is written as plain LoRA of twice the rank."""
+    factors; the base itself stays as it is, and the adapter is written as plain LoRA of twice the rank, of the rank
+    itself with freeze_a. eva (arXiv 2410.07170): A at the directions in which the layer's inputs vary most over the
+    training rows, B zero, and the ranks shared out anew. loftq (arXiv 2310.08659): B A is what a quantized base lacks
+    of the full weight, as far as the rank goes; it stays part of the adapter, which then fits only that base."""
+    eva_rho: Annotated[float, Field(ge=1.0, le=64.0)] = 2.0
+    """With init eva, the most that a layer's rank may grow: the sum of all ranks stays, a layer whose inputs vary in
+    more directions gets up to so many times its own, another less, or none. 1.0: all keep theirs."""
+    eva_tokens: PositiveInt = 65_536
+    """With init eva, stop after so many tokens of the training rows if the directions still move by then."""
     plus_ratio: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """LoRA+ (arXiv 2402.12354): B's learning rate is this many times train.learning_rate, which is A's. The paper
     recommends about 16, with a lower rate for A."""
@@ -91,6 +99,7 @@ class LoraAdapter(Section):
         if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
             message = "found orthogonal, which halves the rank (choose even ranks)"
             yield Conflict("adapter.init", message, reads=("adapter.rank", "adapter.rank_pattern"))
+        yield from self._eva_conflicts()
         if self.train_also and self.bias == "all":
             message = (
                 "found modules, but adapter.bias all trains parts of them already (use bias adapter or none)"
@@ -101,6 +110,29 @@ class LoraAdapter(Section):
                 f"found {self.plus_ratio}, but A has no learning rate (set train.learning_rate, which is B's)"
             )
             yield Conflict("adapter.plus_ratio", message, reads=("adapter.freeze_a",))
+
+    def _eva_conflicts(self) -> Iterator[Conflict]:
+        if self.init != "eva":
+            for name in ("eva_rho", "eva_tokens"):
+                if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                    message = (
+                        f"found {value}, but init is {self.init} (set adapter.init: eva, or remove the key)"
+                    )
+                    yield Conflict(f"adapter.{name}", message, reads=("adapter.init",))
+
+    def loftq_conflicts(self, form: str, merge_base: str) -> Iterator[Conflict]:
+        """Yield what init loftq cannot do with a base stored in `form`, or with the base of a merge."""
+        if self.init != "loftq":
+            return
+        if form == "none":
+            message = "found loftq, which mends a quantized base (set model.quantize: nf4, or another init)"
+            yield Conflict("adapter.init", message, ("adapter.method", "model.quantize"))
+        elif merge_base == "full":
+            message = (
+                "found full, but loftq's adapter holds a correction of the quantized base, which the full one does"
+                " not need (use auto or dequantized)"
+            )
+            yield Conflict("export.merge_base", message, ("adapter.init", "adapter.method", "model.quantize"))
 
 
 class QloraAdapter(LoraAdapter):

@@ -251,6 +251,8 @@ class Recipe(Section):
         if isinstance(self.adapter, QloraAdapter) and form == "none":
             message = "found none, but qlora is LoRA on a quantized base (use nf4, or adapter.method: lora)"
             yield Conflict("model.quantize", message, reads)
+        if isinstance(self.adapter, LoraAdapter):
+            yield from self.adapter.loftq_conflicts(self.quantization(), self.export.merge_base)
         if self.quantization() == "none":
             for key in ("merge_base", "max_merge_kl"):
                 if (value := getattr(self.export, key)) not in ("auto", None):

@@ -105,7 +105,12 @@ class Checkpoints:
         verify(folder)
         state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
         optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
-        return state, load_file(folder / "method.safetensors")
+        return state, self.method_state(step)
+
+    def method_state(self, step: int) -> dict[str, Tensor]:
+        """Return the method's tensors of a checkpoint that was verified."""
+        tensors: dict[str, Tensor] = load_file(self.folder / f"step-{step}" / "method.safetensors")
+        return tensors
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

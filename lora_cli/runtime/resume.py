@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from lora_cli.errors import InputError
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.load import load_recipe
@@ -72,6 +74,13 @@ def find_finished(
         f"{folder.path}: holds a finished run that differs: {'; '.join(differences)}"
         " (--resume goes on from its last checkpoint, --overwrite trains it again, or choose another run.output)"
     )
+
+
+def method_state(folder: RunFolder, recipe: Recipe) -> dict[str, Tensor] | None:
+    """Return the adapter method's tensors of the checkpoint that `begin` will name; None where there is none."""
+    checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
+    step = checkpoints.newest(lambda line: None)  # `begin` tells of damaged ones
+    return None if step is None else checkpoints.method_state(step)
 
 
 def begin(

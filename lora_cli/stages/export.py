@@ -66,10 +66,10 @@ def run(
     """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
     A method that a format cannot hold is written as one that it can, and how far that is from it is logged and said in
-    the model card. `card` is the model card's text, `facts` join the manifest. The tokenizer's files come from `base`,
-    byte for byte. On the rows of `sample` it is measured what a quantized base is best merged into. Those figures are
-    returned as `merge_base`, those of a portable adapter as `portable_update`; `merge_with` is the command to use
-    where it is refused.
+    the model card, as is a note of the method's own. `card` is the model card's text, `facts` join the manifest. The
+    tokenizer's files come from `base`, byte for byte. On the rows of `sample` it is measured what a quantized base is
+    best merged into. Those figures are returned as `merge_base`, those of a portable adapter as `portable_update`;
+    `merge_with` is the command to use where it is refused.
 
     Raises:
         InputError: a target exists, or a portable adapter cannot hold what was trained.
@@ -89,8 +89,9 @@ def run(
                 written, errors = _as_adapter(form, method, settings, merge_with)
                 _peft.write(staging, written, base_name=base_name, revision=revision)
                 difference, from_live = _reload_adapter(staging, model, written)
+                notes = [method.note()] if method.note() else []
                 if errors:
-                    notes = _lossy.describe(form, written, errors, from_live, model.model.dtype)
+                    notes += _lossy.describe(form, written, errors, from_live, model.model.dtype)
                 if form == "portable":
                     rank = written.disk_config()["r"]
                     differences["portable_update"] = _lossy.figures(rank, errors, from_live)

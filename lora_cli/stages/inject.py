@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lora_cli.models.load import DTYPES, fastest_attention, load_model
 from lora_cli.models.nf4 import Quantization, quantized_layers
 from lora_cli.recipe.schema import Adapter
 from lora_cli.runtime.dist import Runtime
+from lora_cli.stages._start_source import StartSource
 from lora_cli.types import Prepared
 
 _POSITION_TABLE = re.compile(r"(wpe|embed_positions|position_embeddings?)$")
@@ -35,13 +36,16 @@ def run(
     total_steps: int,
     max_length: int,
     max_generated: int,
+    batch_size: int,
     seed: int,
+    resumed: Callable[[], Mapping[str, Tensor] | None],
     rt: Runtime,
     log: Callable[[str], None],
 ) -> tuple[AdaptedModel, Method]:
     """Return the base of `folder` with the method injected, ready to train on the prepared rows.
 
-    With `start` the method begins at that adapter's values, and `adapter` has been settled by it.
+    With `start` the method begins at that adapter's values, and `adapter` has been settled by it. `resumed` gives the
+    method's state in the checkpoint that the run goes on from, for a start that must not change.
 
     Raises:
         InputError: the model cannot be loaded or cannot take these rows, a target matches nothing in it or cannot be
@@ -61,6 +65,9 @@ def run(
     if start:
         log(start.inject(method, adapter, model))
     else:
+        source = StartSource(folder, prepared, batch_size=batch_size, seed=seed, resumed=resumed, rt=rt)
+        for line in method.prepare(model, source):
+            log(line)
         method.inject(model)
     layers = method.layers
     _check_forward(model)
