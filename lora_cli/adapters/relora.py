@@ -161,6 +161,7 @@ class Relora(Method):
                 moments = optimizer.moments(f"{path}.{name}")
                 seed = stream_seed(self.seed, "reset", f"{path}.{name}", self.restarts)
                 prune(moments, self.reset_fraction, seed if self.reset == "random" else None)
+                optimizer.set_moments(f"{path}.{name}", moments)
             layer.restart(stream_seed(self.seed, "restart", path, self.restarts))
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -161,6 +161,9 @@ class FullAdapter(Section):
     """Which method adapts the model."""
     parameters: str = "all"
     """`all`, or a regular expression that matches the whole name of each parameter to train."""
+    masters: Literal["float32", "stochastic_rounding"] = "float32"
+    """How small updates of a bfloat16 weight are kept. float32: in a copy of it. stochastic_rounding: there is no copy,
+    and the updated weight is rounded up or down with odds that keep its mean: 4 bytes a parameter less."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield an expression that does not compile."""
