@@ -11,18 +11,26 @@ from torch import Tensor
 
 _KEPT = -(1 << 16)
 """Mask of the bits of a float32 that bfloat16 has."""
+_MAGNITUDE, _LARGEST = 0x7FFFFFFF, 0x7F7F0000
+"""Mask of all bits but the sign, and the largest finite bfloat16."""
 
 
 def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Return float32 values as bfloat16: each one of its two neighbours, the nearer one more often.
+    """Return float32 values (n,) as bfloat16: each one of its two neighbours, the nearer one more often.
 
     What bfloat16 holds stays as it is, and so does what is not finite. A finite value never becomes infinite: beyond
     the largest bfloat16 it is rounded to that.
     """
     bits = values.view(torch.int32)
-    drawn = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)
+    drawn = _draw(len(values), generator)
+    drawn.masked_fill_((bits & _MAGNITUDE) >= _LARGEST, 0)
     # Sign and magnitude: what is added to the bits that go carries into those that stay with the right odds.
     rounded = ((bits + drawn) & _KEPT).view(torch.float32)
-    down = (bits & _KEPT).view(torch.float32)
-    rounded = torch.where(rounded.isfinite(), rounded, down)
-    return torch.where(values.isfinite(), rounded, values).bfloat16()
+    return torch.where(values.isnan(), values, rounded).bfloat16()
+
+
+def _draw(number: int, generator: torch.Generator) -> Tensor:
+    """Return integers from 0 to 2^16 - 1, int32; four from each 64-bit draw, which takes half the time."""
+    words = torch.empty(-(-number // 4), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[:number].to(torch.int32).bitwise_and_(0xFFFF)

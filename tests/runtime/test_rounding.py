@@ -45,7 +45,8 @@ def test_the_mean_is_exact() -> None:
     """Over 100,000 draws the mean of each value is the value, to 5 standard errors of a coin with its odds."""
     exact = torch.tensor([1.001, -1.003, 3.14159, 0.1, -1e-5, 1.0 + 2**-9, 2.0**-133 * 1.3])
     draws = 100_000
-    mean = stochastic_round(exact.expand(draws, -1).contiguous(), generator()).double().mean(dim=0)
+    rounded = stochastic_round(exact.repeat(draws), generator())
+    mean = rounded.view(draws, -1).double().mean(dim=0)
     spacing = 2.0 ** (exact.abs().log2().floor().clamp(min=-126).double() - 7)
     odds = (exact.double() / spacing) % 1.0
     error = spacing * (odds * (1 - odds) / draws).sqrt()
