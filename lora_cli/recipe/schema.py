@@ -217,7 +217,7 @@ class Run(Section):
     output: str = "runs/latest"
     """Folder of the run."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    """Adapter initialisation, row order and dropout are functions of it."""
+    """Adapter initialisation, row order, dropout and stochastic rounding are functions of it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
 
@@ -249,7 +249,6 @@ class Recipe(Section):
         if self.data.eval is None and self.train.eval_every is not None:
             message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"
             yield Conflict("train.eval_every", message, reads=("data.eval",))
-
         if "exact_match" in self.evaluate.metrics:
             if self.data.eval is None:
                 message = "found exact_match, but there are no held-out rows (set data.eval)"

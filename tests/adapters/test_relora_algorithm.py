@@ -96,6 +96,6 @@ def test_it_is_the_papers_algorithm(architecture: str) -> None:
         torch.testing.assert_close(
             method.layers[path].merged_weight(),
             module.weight + 2.0 * module.b @ module.a,
-            rtol=1e-3,
-            atol=1e-4,
+            rtol=1e-4,
+            atol=1e-5,
         )
