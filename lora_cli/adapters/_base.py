@@ -149,7 +149,10 @@ class OptimizerState(Protocol):
     """The float32 weights that are updated, by the names of `Method.trainable`; `.grad` is the step's gradient."""
 
     def moments(self, name: str) -> dict[str, Tensor]:
-        """Return AdamW's `exp_avg` and `exp_avg_sq` of a weight, to change in place; empty before its first step."""
+        """Return AdamW's `exp_avg` and `exp_avg_sq` of a weight, for `set_moments`; empty before its first step."""
+
+    def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
+        """Store what `moments` returned and was then changed in place."""
 
 
 class Method:
@@ -162,6 +165,9 @@ class Method:
     targets_key: str = "adapter.targets"
     """Where the targets were written, for messages."""
     layers: dict[str, AdapterLinear]
+
+    keep_masters: bool = True
+    """False: a trained bfloat16 weight has no float32 master and is rounded stochastically."""
 
     peft_type: ClassVar[str] = ""
     """PEFT's name of the method in adapter_config.json; empty where PEFT has none."""
@@ -226,7 +232,7 @@ class Method:
         """Make an adapter that was read one that can be trained on; what it computes stays the same."""
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters the optimizer updates, `<module>.<tensor>`."""
+        """Return the parameters the optimizer updates, `<module>.<tensor>`; they may be others after `after_step`."""
         found = {
             id(parameter): (f"{path}.{name}", parameter)
             for path, placed in reversed(self.placed().items())
@@ -243,6 +249,11 @@ class Method:
         """Return the factor of the learning rate for one parameter of `trainable`."""
         del name
         return 1.0
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Say whether weight decay acts on a parameter of `trainable`: not on those that begin as the base's own."""
+        del name
+        return parameter.dim() > 1  # biases, norms and row lengths are vectors
 
     def schedule_factor(self, step: int) -> float:
         """Return a factor of the learning rate of all parameters at a step, counted from 0."""

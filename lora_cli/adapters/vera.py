@@ -146,6 +146,11 @@ class Vera(Method):
             base, self.projections, rank=self.rank, d_initial=self.d_initial, dropout=self.dropout
         )
 
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Say yes: vectors though they are, they are the update itself, which decay draws to zero."""
+        del name, parameter
+        return True
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the shared matrices where they are saved: another torch may draw others."""
         return self.shared_disk_tensors()

@@ -37,7 +37,7 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id. null: the default branch. Not for local folders."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the base weights and of the computation. Trained weights are kept in float32 either way."""
+    """Type of the base weights and of the computation. Trained weights are kept in float32 besides."""
     quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
     """How the linear layers of the base are stored, all but the output head. nf4, fp4: 4 bits a weight. int8: 8 bits.
     They compute in `dtype`. none: as they are. auto: nf4 with the method qlora, else none."""
@@ -131,8 +131,12 @@ class Train(Section):
     """Part of all steps over which wsd decays."""
     power: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
     """Exponent of the polynomial schedule."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw: moments in float32. adamw_8bit: in 8 bits (arXiv 2110.02861), but for weights below 4096 values: 2 bytes
+    a parameter in place of 8, a slower step."""
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay of AdamW. It acts on matrices, and on VeRA's vectors, which are the update itself; not on
+    biases, norms and DoRA's row lengths, which begin as the base's own: decay would draw them to zero."""
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (
         0.9,
         0.999,
@@ -199,7 +203,7 @@ class Run(Section):
     output: str = "runs/latest"
     """Folder of the run."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    """Adapter initialisation, row order and dropout are functions of it."""
+    """Adapter initialisation, row order, dropout and stochastic rounding are functions of it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
 
@@ -222,11 +226,13 @@ class Recipe(Section):
     def conflicts(self) -> Iterator[Conflict]:
         """Yield every broken rule that joins keys of two blocks."""
         yield from format_conflicts(self.export_formats(), self.adapter)
+        if isinstance(self.adapter, FullAdapter) and self.model.dtype == "float32" != self.adapter.masters:
+            message = f"found {self.adapter.masters}, but a float32 weight is its own master (remove the key)"
+            yield Conflict("adapter.masters", message, reads=("model.dtype",))
         yield from self._quantization_conflicts()
         if self.data.eval is None and self.train.eval_every is not None:
             message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"
             yield Conflict("train.eval_every", message, reads=("data.eval",))
-
         if "exact_match" in self.evaluate.metrics:
             if self.data.eval is None:
                 message = "found exact_match, but there are no held-out rows (set data.eval)"
