@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import Method
+from lora_cli.adapters._embedding import LoraEmbedding
 from lora_cli.recipe.schema import LoraAdapter
 
 TARGETS = {
@@ -59,6 +60,15 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "bias of adapters": ({"bias": "adapter"}, {"bias": "lora_only"}),
     "every bias": ({"bias": "all"}, {"bias": "all"}),
+    "embedding": ({"targets": ["FIRST", "EMBED"]}, {"target_modules": ["FIRST", "EMBED"]}),
+    "embedding, rslora, patterns": (
+        {"targets": ["FIRST", "EMBED"], "scaling": "rslora", "rank_pattern": {"EMBED": 6}},
+        {"target_modules": ["FIRST", "EMBED"], "use_rslora": True, "rank_pattern": {"EMBED": 6}},
+    ),
+    "embedding and head": (
+        {"targets": ["FIRST", "EMBED", "lm_head"], "init": "orthogonal"},
+        {"target_modules": ["FIRST", "EMBED", "lm_head"], "init_lora_weights": "orthogonal"},
+    ),
     "norm": ({"train_also": ["NORM"]}, {"modules_to_save": ["NORM"]}),
     "norm, embedding, head": (
         {"train_also": ["NORM", "lm_head", "EMBED"]},
@@ -72,6 +82,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 FACTORS = [name for name in VARIANTS if "bias" not in name and "norm" not in name]
 CASES = [(name, kind) for name in FACTORS for kind in ("llama", "gpt2")]
 CASES += [(name, kind) for name in VARIANTS if name not in FACTORS for kind in ("qwen2", "gpt2")]
+CASES += [(name, "qwen2") for name in FACTORS if "embedding" in name]
 CASES += [("pissa", "qwen2"), ("norm", "llama"), ("norm, embedding, head", "llama")]
 """Every variant on layers that store (out, in) and (in, out); on both kinds of bias and of head besides."""
 
@@ -89,7 +100,8 @@ def ours(
     name: str, architecture: str, dtype: torch.dtype = torch.float32, quantize: str | None = None
 ) -> tuple[PreTrainedModel, Method]:
     """Return a model with a variant in it, as a recipe would place it."""
-    block = LoraAdapter(rank=4, alpha=6.0, targets=TARGETS[architecture], **settings(name, architecture, 0))
+    values = {"targets": TARGETS[architecture], **settings(name, architecture, 0)}
+    block = LoraAdapter(rank=4, alpha=6.0, **values)
     model = make_model(architecture, dtype, quantize=quantize)
     method = adapters.build(block, seed=1)
     method.inject(model)
@@ -108,6 +120,16 @@ def theirs(name: str, architecture: str) -> torch.nn.Module:
     values: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[architecture]}
     values |= settings(name, architecture, 1)
     return peft.get_peft_model(make_model(architecture), peft.LoraConfig(task_type="CAUSAL_LM", **values))
+
+
+def start_embeddings_alike(method: Method, other: torch.nn.Module) -> None:
+    """Give PEFT's adapters of embeddings our initial values."""
+    with torch.no_grad():
+        for path, layer in method.layers.items():
+            if isinstance(layer, LoraEmbedding):
+                module = other.get_submodule(f"base_model.model.{path}")
+                module.lora_embedding_A["default"].copy_(layer.lora_embedding_A)
+                module.lora_embedding_B["default"].copy_(layer.lora_embedding_B)
 
 
 def stir(parameters: Any) -> None:

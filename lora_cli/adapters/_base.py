@@ -5,16 +5,16 @@
                                   .base: nn.Linear, frozen
                                   .lora_A, .lora_B, ...: float32, trained
 
-Shapes: `in`, `out` are the layer's features; weights are (out, in) whatever the base stores (GPT-2's Conv1D stores
-(in, out), a QuantizedLinear packed codes).
+Shapes: `in`, `out` are the layer's features; weights are (out, in) whatever the base stores (GPT-2's Conv1D and an
+embedding store (in, out), a QuantizedLinear packed codes).
 """
 
 from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,24 +33,27 @@ class AdapterLinear(nn.Module, ABC):
 
     base: BaseLinear
 
-    def __init__(self, base: BaseLinear) -> None:
+    def __init__(self, base: BaseLinear | nn.Embedding) -> None:
         super().__init__()
-        self.base = base
+        # An embedding is a linear layer whose inputs are unit vectors, stored (in, out), without a bias.
+        self.base = cast(BaseLinear, base)
         self.enabled = True
         """False: the layer computes exactly what the base does."""
         self.bias: nn.Parameter | None = None
         """Trained in place of the base's own where `train_bias` was called, (out,) float32."""
-        self._unmerged: Tensor | tuple[QuantizedLinear] | None = None
+        self._unmerged: tuple[nn.Parameter | QuantizedLinear] | None = None
         """While merged: the old weight, or the quantized base, in a tuple so that it is not registered."""
         self._unmerged_bias: Tensor | None = None
         self.device = next(itertools.chain(base.parameters(), base.buffers())).device
         """Where the base is, and what a method adds to it must be."""
         self.fan_in_fan_out = isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.conv1d)
-        """PEFT's name for a base whose weight is stored (in, out) on disk."""
+        """PEFT's name for a linear base whose weight is stored (in, out) on disk."""
+        self.transposed = isinstance(base, Conv1D | nn.Embedding)
+        """True: the base's `weight` is (in, out)."""
         if isinstance(base, QuantizedLinear):
             self.in_features, self.out_features = base.in_features, base.out_features
         else:
-            sizes = base.weight.shape if self.fan_in_fan_out else base.weight.shape[::-1]
+            sizes = base.weight.shape if self.transposed else base.weight.shape[::-1]
             self.in_features, self.out_features = sizes
 
     @property
@@ -98,18 +101,18 @@ class AdapterLinear(nn.Module, ABC):
 
         Of a quantized base it is the dequantized weight, made anew at each call.
         """
-        if isinstance(self._unmerged, tuple):
-            return self._unmerged[0].dequantized()
-        if isinstance(self.base, QuantizedLinear):
-            return self.base.dequantized()
-        weight = self.base.weight if self._unmerged is None else self._unmerged
-        return weight.T if isinstance(self.base, Conv1D) else weight
+        (kept,) = self._unmerged or (self.base,)
+        if isinstance(kept, QuantizedLinear):
+            return kept.dequantized()
+        weight = kept if isinstance(kept, nn.Parameter) else kept.weight
+        return weight.T if self.transposed else weight
 
     @torch.no_grad()
     def merge(self) -> None:
         """Put the update into the base weight, rounded once to its dtype; the old weight is kept for `unmerge`.
 
-        A quantized base is replaced by a dense layer: quantized again, the weight would lose most of a small update.
+        A weight that the base shares with another module, as an embedding with a tied head, is parted from it. A
+        quantized base is replaced by a dense layer: quantized again, the weight would lose most of a small update.
         """
         assert not self.merged
         weight = self.merged_weight()
@@ -121,22 +124,24 @@ class AdapterLinear(nn.Module, ABC):
                     self.bias.detach().to(self.base.weight.dtype), requires_grad=False
                 )
             return
-        self._unmerged = self.base.weight.detach().clone()
+        self._unmerged = (cast(nn.Parameter, self.base.weight),)
         if self.bias is not None:
             self._unmerged_bias = self.base.bias.detach().clone()
             self.base.bias.copy_(self.bias)
-        self.base.weight.copy_(weight.T if isinstance(self.base, Conv1D) else weight)
+        stored = (weight.T if self.transposed else weight).to(self.base.weight.dtype)
+        self.base.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the base weight bit for bit."""
         assert self._unmerged is not None
-        if isinstance(self._unmerged, tuple):
-            (self.base,) = self._unmerged
+        (kept,) = self._unmerged
+        if isinstance(kept, QuantizedLinear):
+            self.base = kept
         else:
-            assert not isinstance(self.base, QuantizedLinear)
-            self.base.weight.copy_(self._unmerged)
+            self.base.weight = kept
             if self._unmerged_bias is not None:
+                assert self.base.bias is not None
                 self.base.bias.copy_(self._unmerged_bias)
         self._unmerged, self._unmerged_bias = None, None
 
@@ -164,6 +169,8 @@ class Method:
 
     peft_type: ClassVar[str] = ""
     """PEFT's name of the method in adapter_config.json; empty where PEFT has none."""
+    adapts_embeddings: ClassVar[bool] = False
+    """True: a target may be an embedding that is a plain lookup."""
     disk_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of adapter_config.json that `from_disk_config` takes into account; all others must be neutral."""
 
@@ -173,6 +180,9 @@ class Method:
         """Modules trained in place of the base's, by path."""
         self.disk_targets: list[str] = []
         """The shortest `target_modules` that names exactly the injected layers."""
+
+    def learn_tokens(self, ids_of: Callable[[Sequence[str]], list[int]]) -> None:
+        """Learn the ids of tokens that the settings name, before `inject`."""
 
     def plan(self, total_steps: int) -> None:
         """Learn how many steps the run has, before anything is written.
@@ -189,25 +199,31 @@ class Method:
         """
         model.requires_grad_(False)
         paths = self.target_paths(model)
-        self.disk_targets = short_names(model, paths)
+        self.disk_targets = short_names(model, paths, embeddings=self.adapts_embeddings)
         for path in paths:
             base = model.get_submodule(path)
-            assert isinstance(base, BASE_LINEARS)
-            self.layers[path] = self.make_layer(path, base)
+            assert isinstance(base, (*BASE_LINEARS, nn.Embedding))
+            make = self.make_embedding if isinstance(base, nn.Embedding) else self.make_layer
+            self.layers[path] = make(path, base)  # type: ignore[arg-type]
             replace_module(model, path, self.layers[path])
         return self.layers
 
     def target_paths(self, model: PreTrainedModel) -> list[str]:
-        """Return the paths of the linear layers that get an adapter, in the model's order.
+        """Return the paths of the layers that get an adapter, in the model's order.
 
         Raises:
-            InputError: a target matches no linear layer.
+            InputError: a target matches no layer that the method adapts.
         """
-        return match_targets(model, self.targets, where=self.targets_key)
+        embeddings = self.adapts_embeddings
+        return match_targets(model, self.targets, where=self.targets_key, embeddings=embeddings)
 
     def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return the initialised layer for the base at `path`."""
         raise AssertionError(f"{type(self).__name__} makes no layers")
+
+    def make_embedding(self, path: str, base: nn.Embedding) -> AdapterLinear:
+        """Return the initialised layer for the embedding at `path`; only asked of a method that adapts them."""
+        raise AssertionError(f"{type(self).__name__} adapts no embeddings")
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters the optimizer updates, `<module>.<tensor>`."""

@@ -6,8 +6,8 @@ A (r, in) starts Kaiming-uniform as in the authors' code (the paper says Gaussia
 the model is unchanged at injection. The layers are in `_low_rank.py`.
 
 Variants, each a key of the recipe's block: rsLoRA's scale (2312.03732), ranks and alphas by module, a choice of decoder
-layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_lora_init.py`), biases and
-whole modules trained besides (`_whole.py`).
+layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_lora_init.py`), embeddings
+(`_embedding.py`), and trained besides: biases and whole modules (`_whole.py`), the rows of a few tokens (`_rows.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.adapters import _lora_config, _lora_init, _lora_patterns, _whole
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method
+from lora_cli.adapters._embedding import LoraEmbedding
 from lora_cli.adapters._low_rank import LoraLinear, ShiftedLoraLinear
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
@@ -32,6 +33,7 @@ class Lora(Method):
 
     peft_type = "LORA"
     disk_keys = _lora_config.KEYS
+    adapts_embeddings = True
 
     def __init__(
         self,
@@ -110,13 +112,10 @@ class Lora(Method):
     def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return a LoraLinear whose start is a function of seed and path, or of the base weight."""
         rank = _lora_patterns.value_at(self.rank_pattern, path, self.rank)
+        alpha = _lora_patterns.value_at(self.alpha_pattern, path, self.alpha)
         seed = stream_seed(self.seed, "adapter", path)
         layer = (ShiftedLoraLinear if self.init in _lora_init.FROM_BASE else LoraLinear)(
-            base,
-            rank=rank,
-            alpha=_lora_patterns.value_at(self.alpha_pattern, path, self.alpha),
-            dropout=self.dropout,
-            rslora=self.rslora,
+            base, rank=rank, alpha=alpha, dropout=self.dropout, rslora=self.rslora
         )
         if self.init == "default":
             layer.reset(seed)
@@ -127,8 +126,25 @@ class Lora(Method):
         layer.lora_A.requires_grad_(not self.freeze_a)
         return layer
 
+    def make_embedding(self, path: str, base: nn.Embedding) -> AdapterLinear:
+        """Return a LoraEmbedding whose start is a function of seed and path.
+
+        Raises:
+            InputError: it is to start at a part of the base weight, or its A, which is zero, is to stay so.
+        """
+        remedy = f"(take {path} out of adapter.targets, or out with the key)"
+        if self.init in _lora_init.FROM_BASE:
+            raise InputError(f"adapter.init: {self.init} is not there for an embedding {remedy}")
+        if self.freeze_a:
+            raise InputError(f"adapter.freeze_a: an embedding's A starts at zero, and so would stay {remedy}")
+        rank = _lora_patterns.value_at(self.rank_pattern, path, self.rank)
+        alpha = _lora_patterns.value_at(self.alpha_pattern, path, self.alpha)
+        layer = LoraEmbedding(base, rank=rank, alpha=alpha, rslora=self.rslora)
+        layer.reset(stream_seed(self.seed, "adapter", path))
+        return layer
+
     def rate_factor(self, name: str) -> float:
-        """Return LoRA+'s ratio of B's rate to A's (arXiv 2402.12354)."""
+        """Return LoRA+'s ratio of B's rate to A's (arXiv 2402.12354); an embedding's factors have one rate."""
         return self.plus_ratio if name.endswith(".lora_B") else 1.0
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -154,10 +154,12 @@ def _write_merged(
 ) -> float:
     """Write the merged model, read it back, return its largest logit difference to the live merged model."""
     live = sample_logits(model.model)
-    _untie_adapted_embeddings(model)
+    shared = _tied(model.model)
     with _merge_base.merged(model):
         merged = sample_logits(model.model)
         with _unwrapped(model), _plain_generation(model.model):
+            if shared and not _tied(model.model):
+                model.model.config.tie_word_embeddings = False
             model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     # Another exact attention rounds differently in bfloat16; it is the weights that are compared here.
     attention = model.model.config._attn_implementation
@@ -181,17 +183,11 @@ def _unwrapped(model: AdaptedModel) -> Iterator[None]:
             replace_module(model.model, path, layer)
 
 
-def _untie_adapted_embeddings(model: AdaptedModel) -> None:
-    """Give an adapted or separately trained output head weights of its own where it shares the input embedding's."""
-    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
-    shared = _original_weight(embedding)
-    if head is None or _original_weight(head) is not shared:
-        return
-    if isinstance(head, AdapterLinear):
-        head.base.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
-    # Merging a TrainedModule parts them.
-    if isinstance(head, AdapterLinear) or head.weight is not embedding.weight:
-        model.model.config.tie_word_embeddings = False
+def _tied(model: PreTrainedModel) -> bool:
+    """Say whether head and input embedding have one weight: merging parts them where only one of them was trained."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    weights = [_original_weight(module) for module in (embedding, head) if module is not None]
+    return len(weights) == 2 and (weights[0] is weights[1] or torch.equal(*weights))
 
 
 def _original_weight(module: nn.Module) -> Any:
