@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import peft
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import Method
-from lora_cli.adapters._embedding import LoraEmbedding
+from lora_cli.adapters._lora_embedding import LoraEmbedding
 from lora_cli.recipe.schema import LoraAdapter
 
 TARGETS = {
@@ -69,6 +70,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"targets": ["FIRST", "EMBED", "lm_head"], "init": "orthogonal"},
         {"target_modules": ["FIRST", "EMBED", "lm_head"], "init_lora_weights": "orthogonal"},
     ),
+    "tokens": ({"train_tokens": ["7", "90", "95"]}, {"trainable_token_indices": "TOKENS"}),
+    "tokens, norm, biases": (
+        {"train_tokens": ["90"], "train_also": ["NORM"], "bias": "adapter"},
+        {"trainable_token_indices": "TOKENS", "modules_to_save": ["NORM"], "bias": "lora_only"},
+    ),
     "norm": ({"train_also": ["NORM"]}, {"modules_to_save": ["NORM"]}),
     "norm, embedding, head": (
         {"train_also": ["NORM", "lm_head", "EMBED"]},
@@ -79,11 +85,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"modules_to_save": ["NORM"], "bias": "lora_only"},
     ),
 }
-FACTORS = [name for name in VARIANTS if "bias" not in name and "norm" not in name]
+FACTORS = [name for name in VARIANTS if not re.search("bias|norm|tokens", name)]
 CASES = [(name, kind) for name in FACTORS for kind in ("llama", "gpt2")]
 CASES += [(name, kind) for name in VARIANTS if name not in FACTORS for kind in ("qwen2", "gpt2")]
 CASES += [(name, "qwen2") for name in FACTORS if "embedding" in name]
-CASES += [("pissa", "qwen2"), ("norm", "llama"), ("norm, embedding, head", "llama")]
+CASES += [("pissa", "qwen2"), ("norm", "llama"), ("norm, embedding, head", "llama"), ("tokens", "llama")]
 """Every variant on layers that store (out, in) and (in, out); on both kinds of bias and of head besides."""
 
 
@@ -93,6 +99,10 @@ def settings(name: str, architecture: str, whose: int) -> dict[str, Any]:
     for word, own in WORDS[architecture].items():
         text = text.replace(word, own)
     found: dict[str, Any] = json.loads(text)
+    if found.get("trainable_token_indices"):  # a head of its own is trained in the same rows
+        ids = [int(token) for token in VARIANTS[name][0]["train_tokens"]]
+        untied = {"embed_tokens": ids, "lm_head": ids}
+        found["trainable_token_indices"] = untied if architecture == "qwen2" else ids
     return found
 
 
@@ -104,6 +114,7 @@ def ours(
     block = LoraAdapter(rank=4, alpha=6.0, **values)
     model = make_model(architecture, dtype, quantize=quantize)
     method = adapters.build(block, seed=1)
+    method.learn_tokens(lambda names: [int(name) for name in names])
     method.inject(model)
     return model, method
 

@@ -64,12 +64,11 @@ class AdapterLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Apply base and update: (..., in) -> (..., out)."""
         y: Tensor = self.base(x)
-        if not self.enabled or self.merged:
-            return y
-        y = self.adapt(x, y)
-        if self.bias is None or self.base.bias is None:
-            return y
-        return y + (self.bias - self.base.bias.float()).to(y.dtype)
+        if self.enabled and not self.merged:
+            y = self.adapt(x, y)
+            if self.bias is not None and self.base.bias is not None:
+                y = y + (self.bias - self.base.bias.float()).to(y.dtype)
+        return y
 
     def train_bias(self) -> bool:
         """Train a copy of the base's bias, and return whether it has one."""
@@ -120,9 +119,8 @@ class AdapterLinear(nn.Module, ABC):
             self._unmerged, self.base = (self.base,), self.base.dense(weight)
             if self.bias is not None:
                 # Not copied into the dense layer's bias, which is the quantized one's own.
-                self.base.bias = nn.Parameter(
-                    self.bias.detach().to(self.base.weight.dtype), requires_grad=False
-                )
+                bias = self.bias.detach().to(self.base.weight.dtype)
+                self.base.bias = nn.Parameter(bias, requires_grad=False)
             return
         self._unmerged = (cast(nn.Parameter, self.base.weight),)
         if self.bias is not None:
@@ -140,8 +138,7 @@ class AdapterLinear(nn.Module, ABC):
             self.base = kept
         else:
             self.base.weight = kept
-            if self._unmerged_bias is not None:
-                assert self.base.bias is not None
+            if self._unmerged_bias is not None and self.base.bias is not None:
                 self.base.bias.copy_(self._unmerged_bias)
         self._unmerged, self._unmerged_bias = None, None
 
@@ -214,8 +211,7 @@ class Method:
         Raises:
             InputError: a target matches no layer that the method adapts.
         """
-        embeddings = self.adapts_embeddings
-        return match_targets(model, self.targets, where=self.targets_key, embeddings=embeddings)
+        return match_targets(model, self.targets, where=self.targets_key, embeddings=self.adapts_embeddings)
 
     def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return the initialised layer for the base at `path`."""

@@ -7,22 +7,22 @@ the model is unchanged at injection. The layers are in `_low_rank.py`.
 
 Variants, each a key of the recipe's block: rsLoRA's scale (2312.03732), ranks and alphas by module, a choice of decoder
 layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_lora_init.py`), embeddings
-(`_embedding.py`), and trained besides: biases and whole modules (`_whole.py`), the rows of a few tokens (`_rows.py`).
+(`_lora_embedding.py`), and trained besides: biases and whole modules (`_whole.py`), the rows of a few tokens (`_lora_rows.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_cli.adapters import _lora_config, _lora_init, _lora_patterns, _whole
+from lora_cli.adapters import _lora_config, _lora_init, _lora_patterns, _lora_rows, _whole
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method
-from lora_cli.adapters._embedding import LoraEmbedding
+from lora_cli.adapters._lora_embedding import LoraEmbedding
 from lora_cli.adapters._low_rank import LoraLinear, ShiftedLoraLinear
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
@@ -51,6 +51,8 @@ class Lora(Method):
         init: str = "default",
         bias: str = "none",
         train_also: Sequence[str] = (),
+        train_tokens: Sequence[str] = (),
+        add_tokens: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -59,10 +61,22 @@ class Lora(Method):
         self.rslora, self.plus_ratio, self.freeze_a = scaling == "rslora", plus_ratio, freeze_a
         self.rank_pattern, self.alpha_pattern = rank_pattern or {}, alpha_pattern or {}
         self.bias, self.train_also = bias, list(train_also)
+        self.train_tokens, self.add_tokens = list(train_tokens), list(add_tokens)
+        self.rows: dict[str, _lora_rows.TrainedRows] = {}
+        """Where rows of single tokens are trained, by path."""
+        self.row_ids: list[int] | dict[str, list[int]] = []
+        """Tokens to train; as read from a file, where a list for each module is possible."""
+        self.new_ids: list[int] = []
+        """Those of them that the base does not know."""
         self.layer_names: list[str] = []
         """Names before the number of a decoder layer; empty: any."""
         self.strict = True
         """False: patterns and layer indices that name nothing are passed over, as PEFT does with its own files."""
+
+    def learn_tokens(self, ids_of: Callable[[Sequence[str]], list[int]]) -> None:
+        """Learn the ids of the tokens that the settings name, before `inject`."""
+        self.row_ids = sorted(ids_of([*self.train_tokens, *self.add_tokens]))
+        self.new_ids = ids_of(self.add_tokens)
 
     def target_paths(self, model: PreTrainedModel) -> list[str]:
         """Return the paths of the targets in the chosen layers.
@@ -87,8 +101,10 @@ class Lora(Method):
         """Place the adapters, and train biases and whole modules besides where the settings say so.
 
         Raises:
-            InputError: a target, or a module of `train_also`, names nothing, or there is no bias.
+            InputError: a target, or a module of `train_also`, names nothing, or there is no bias, or rows of tokens
+                are to be trained in a module that is trained otherwise.
         """
+        assert self.row_ids or not (self.train_tokens or self.add_tokens), "learn_tokens comes first"
         super().inject(model)
         if self.bias != "none":
             trained = [layer for layer in self.layers.values() if layer.train_bias()]
@@ -107,6 +123,12 @@ class Lora(Method):
                 else _whole.choose_as_peft(model, self.train_also, f"{self.targets_key}, modules_to_save")
             )
             self.whole |= _whole.wrap(model, paths, tie=self.strict)
+        if self.row_ids:
+            where = "adapter.train_tokens" if self.strict else f"{self.targets_key}, trainable_token_indices"
+            self.rows = _lora_rows.place(
+                model, self.row_ids, self.new_ids, where, taken=self.placed(), both=self.strict
+            )
+            self.whole |= self.rows
         return self.layers
 
     def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
@@ -183,7 +205,10 @@ class Lora(Method):
             "alpha_pattern": {key: _lora_config.whole(alpha * raised) for key, alpha in alphas.items()},
             "layers_to_transform": None,  # target_modules names exactly the adapted layers
             "layers_pattern": None,
-            "modules_to_save": list(self.whole) if self.train_also else None,
+            "modules_to_save": [path for path in self.whole if path not in self.rows]
+            if self.train_also
+            else None,
+            "trainable_token_indices": _lora_rows.on_disk(self.rows),
         }
 
     @classmethod
@@ -196,6 +221,7 @@ class Lora(Method):
         """Return the method that an adapter_config.json describes."""
         method = cls(**_lora_config.read(config, where))
         method.layer_names = _lora_config.layer_names(config)
+        method.row_ids = config.get("trainable_token_indices") or []
         method.strict = False
         return method
 

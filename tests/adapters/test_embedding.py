@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig, 
 
 from lora_cli import adapters, pipeline
 from lora_cli.adapters import Method, _peft
-from lora_cli.adapters._embedding import LoraEmbedding
+from lora_cli.adapters._lora_embedding import LoraEmbedding
 from lora_cli.adapters._targets import match_targets
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
