@@ -31,12 +31,10 @@ from lora_cli.types import Progress
 class AdapterLinear(nn.Module, ABC):
     """A frozen linear layer with an update beside it: (..., in) -> (..., out)."""
 
-    base: BaseLinear
-
     def __init__(self, base: BaseLinear | nn.Embedding) -> None:
         super().__init__()
         # An embedding is a linear layer whose inputs are unit vectors, stored (in, out), without a bias.
-        self.base = cast(BaseLinear, base)
+        self.base: BaseLinear = cast(BaseLinear, base)
         self.enabled = True
         """False: the layer computes exactly what the base does."""
         self.bias: nn.Parameter | None = None
@@ -219,7 +217,7 @@ class Method:
 
     def make_embedding(self, path: str, base: nn.Embedding) -> AdapterLinear:
         """Return the initialised layer for the embedding at `path`; only asked of a method that adapts them."""
-        raise AssertionError(f"{type(self).__name__} adapts no embeddings")
+        raise AssertionError(path)
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters the optimizer updates, `<module>.<tensor>`."""

@@ -7,7 +7,7 @@ the model is unchanged at injection. The layers are in `_low_rank.py`.
 
 Variants, each a key of the recipe's block: rsLoRA's scale (2312.03732), ranks and alphas by module, a choice of decoder
 layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_lora_init.py`), embeddings
-(`_lora_embedding.py`), and trained besides: biases and whole modules (`_whole.py`), the rows of a few tokens (`_lora_rows.py`).
+(`_lora_embedding.py`). Trained besides: biases and whole modules (`_whole.py`), rows of tokens (`_lora_rows.py`).
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Lora(Method):
             "modules_to_save": [path for path in self.whole if path not in self.rows]
             if self.train_also
             else None,
-            "trainable_token_indices": _lora_rows.on_disk(self.rows),
+            **({"trainable_token_indices": _lora_rows.on_disk(self.rows)} if self.rows else {}),
         }
 
     @classmethod

@@ -58,6 +58,7 @@ def run(
     card: str,
     facts: Mapping[str, str],
     settings: Export,
+    tokenizer: Any | None = None,
     sample: Sequence[Example] = (),
     log: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -65,8 +66,8 @@ def run(
 
     A method that PEFT cannot hold is written as one that it can, and how far that is from it is logged and said in the
     model card. `card` is the model card's text, `facts` join the manifest. The tokenizer's files come from `base`, byte
-    for byte. On the rows of `sample` it is measured what a quantized base is best merged into; the figures are returned
-    as `merge_base`.
+    for byte, unless a `tokenizer` that knows more tokens is given. On the rows of `sample` it is measured what a
+    quantized base is best merged into; the figures are returned as `merge_base`.
 
     Raises:
         InputError: a target exists.
@@ -81,6 +82,7 @@ def run(
                 written, errors = method.as_peft()
                 _peft.write(staging, written, base_name=base_name, revision=revision)
                 difference, from_live = _reload_adapter(staging, model, written)
+                note = _new_tokens(model) if tokenizer is not None else ""
                 if errors:
                     note = _approximation(written, errors, from_live, model.model.dtype)
                     log(f"export: {note}")
@@ -92,7 +94,7 @@ def run(
             else:
                 difference = _write_merged(staging, model, settings.max_shard_bytes, log)
             _check(form, difference, model.model.dtype)
-            _add_companions(staging, base, stop_ids, f"{card}\n{note}\n" if note else card)
+            _add_companions(staging, base, tokenizer, stop_ids, f"{card}\n{note}\n" if note else card)
         differences[form] = difference
         log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
     return differences
@@ -105,6 +107,16 @@ def _check(form: str, difference: float, dtype: torch.dtype) -> None:
             f"export.{form}: read back, its logits differ from what was written by {difference:.2e}"
             f" (the limit is {limit:g} in {str(dtype).removeprefix('torch.')}; nothing was published)"
         )
+
+
+def _new_tokens(model: AdaptedModel) -> str:
+    """Say what a reader other than ours must do before it loads an adapter with tokens that the base lacks."""
+    embedding: Any = model.model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    rows = embedding.weight.shape[0]
+    return (
+        "The tokenizer beside this adapter has tokens that the base's has not. For PEFT, load it from here and call"
+        f" `model.resize_token_embeddings({rows})` on the base before it loads the adapter."
+    )
 
 
 @torch.no_grad()
@@ -204,8 +216,12 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _add_companions(folder: Path, base: Path, stop_ids: Sequence[int], card: str) -> None:
-    for name in _TOKENIZER_FILES:
+def _add_companions(
+    folder: Path, base: Path, tokenizer: Any | None, stop_ids: Sequence[int], card: str
+) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name in _TOKENIZER_FILES if tokenizer is None else ():
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     # Its other settings stay as they are: transformers reads some that it refuses to write.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import Method
+from lora_cli.data.chosen_tokens import token_ids
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, fastest_attention, load_model
@@ -21,7 +23,7 @@ from lora_cli.recipe.schema import Adapter
 from lora_cli.runtime.dist import Runtime
 from lora_cli.types import Prepared
 
-_POSITION_TABLE = re.compile(r"(wpe|embed_positions|position_embeddings?)$")
+_POSITION_TABLE = re.compile(r"(wpe|embed_positions|position_embeddings?)(\.base)?$")
 
 
 def run(
@@ -48,14 +50,17 @@ def run(
     model = load_model(
         folder, dtype=DTYPES[dtype], device=rt.device, attention=attention, quantization=quantization
     )
-    check_rows_fit(model, prepared, max_generated=max_generated)
     experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
     packed = quantized_layers(model)
     in_packed = sum(layer.in_features * layer.out_features for layer in packed.values())
     total = in_packed + sum(parameter.numel() for parameter in model.parameters())
     method = adapters.build(adapter, seed)
+    method.learn_tokens(partial(token_ids, prepared.tokenizer))
     method.plan(total_steps)
     layers = method.inject(model)
+    check_rows_fit(
+        model, prepared, max_generated=max_generated
+    )  # new tokens may have made the embedding grow
     _check_forward(model)
     trainable = method.trainable(model)
     # With no adapter to switch off, the base survives only as a copy of the weights that will change.

@@ -1,0 +1,306 @@
+"""Rows of a few tokens trained alone: what moves, tied and other heads, the memory, new tokens, whole runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lora_variants import difference, logits, ours, stir, theirs
+from small import make_model, make_rows
+from test_lora_training import adamw, follow, start_alike
+from toy import rows, write_base, write_recipe, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, PhiConfig, PreTrainedModel
+
+from lora_cli import adapters, pipeline
+from lora_cli.adapters import Method, _peft
+from lora_cli.adapters._lora_rows import TrainedRows, grow
+from lora_cli.errors import InputError
+from lora_cli.models.adapted import AdaptedModel
+from lora_cli.objectives.sft import Sft
+from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.schema import LoraAdapter, Recipe
+from lora_cli.runtime.optim import MasterAdamW
+from lora_cli.types import Progress
+
+IDS = [7, 90, 95]
+
+
+def inject(model: PreTrainedModel, **settings: Any) -> Method:
+    """Return LoRA in the model, with the rows of IDS trained besides."""
+    block = LoraAdapter(rank=4, **{"targets": ["q_proj"], "train_tokens": [str(i) for i in IDS], **settings})
+    method = adapters.build(block, 1)
+    method.learn_tokens(lambda names: [int(name) for name in names])
+    method.inject(model)
+    return method
+
+
+def merged_tables(model: PreTrainedModel, method: Method) -> dict[str, torch.Tensor]:
+    """Return embedding and head with the update in them."""
+    for part in method.placed().values():
+        part.merge()
+    tables = {
+        path: part.base.weight.detach().clone()
+        for path, part in method.placed().items()
+        if isinstance(part, TrainedRows)
+    }
+    for part in method.placed().values():
+        part.unmerge()
+    return tables
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_these_rows_move(architecture: str, dtype: torch.dtype) -> None:
+    """Trained with weight decay, all other rows of embedding and head keep their bits, and these have moved in both."""
+    model, base = make_model(architecture, dtype), make_model(architecture, dtype)
+    method = inject(model, targets=["c_attn" if architecture == "gpt2" else "q_proj"])
+    adapted, objective = AdaptedModel(model, method.placed()), Sft(pad_id=0)
+    optimizer = MasterAdamW(method.trainable(model), weight_decay=0.1)
+    model.train()
+    for step in range(3):
+        for batch in objective.micro_batches(
+            adapted, list(enumerate(make_rows(16))), Progress(step, 3), tokens=999
+        ):
+            objective.loss_sum(adapted, batch)[0].backward()
+        optimizer.step(1e-2)
+        optimizer.zero_grad()
+    others = [i for i in range(96) if i not in IDS]
+    tables = merged_tables(model, method)
+    assert len(tables) == 2
+    for path, table in tables.items():
+        before = base.get_submodule(path).weight
+        assert torch.equal(table[others], before[others])
+        assert all(not torch.equal(table[i], before[i]) for i in IDS)
+    first, second = tables.values()
+    assert torch.equal(first, second) is (architecture != "qwen2")
+    assert all(
+        torch.equal(model.get_submodule(path).base.weight, base.get_submodule(path).weight) for path in tables
+    )
+
+
+def test_gradient_and_moments_are_of_these_rows() -> None:
+    """What is trained beside LoRA is n rows of the width, once where tied and twice where not, in float32."""
+    for architecture, count in (("llama", 1), ("qwen2", 2)):
+        for quantize in (None, "nf4"):
+            model = make_model(architecture, torch.bfloat16, quantize=quantize)
+            trained = inject(model).trainable(model)
+            own = {name: parameter for name, parameter in trained.items() if "trainable_tokens" in name}
+            assert [tuple(parameter.shape) for parameter in own.values()] == [(3, 32)] * count
+            assert all(parameter.dtype == torch.float32 for parameter in own.values())
+            assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained.values()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_losses_follow_pefts(architecture: str) -> None:
+    """30 steps in fp32 from the same start keep the losses of PEFT's model to 1e-4, tied and untied."""
+    model, method = ours("tokens", architecture)
+    other = theirs("tokens", architecture)
+    start_alike(method, other)
+    assert follow(model, method, other, adamw(other)) <= 1e-4
+
+
+def test_a_scaled_embedding(tmp_path: Path) -> None:
+    """Where the module scales its rows (Gemma) the model starts as its base, and merged and PEFT's are it to 1e-5."""
+    config = Gemma3TextConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+
+    def make(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make(dtype)
+        inject(model)
+        ids = torch.tensor([IDS])
+        embed = model.get_input_embeddings()
+        assert torch.equal(embed(ids), make(dtype).get_input_embeddings()(ids))
+    model = make()
+    method = inject(model)
+    stir(method.trainable(model).values())
+    _peft.write(tmp_path, method, base_name="base", revision=None)
+    assert difference(peft.PeftModel.from_pretrained(make(), tmp_path).eval(), model) <= 1e-5
+    live = logits(model)
+    for part in method.placed().values():
+        part.merge()
+    assert float((logits(model) - live).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_pefts_choice_of_modules_is_read(names: list[str], tmp_path: Path) -> None:
+    """An untied model of PEFT's with rows in the embedding, the head, or other ones in each, is read to 1e-5."""
+    indices = {name: IDS[index:] for index, name in enumerate(names)}
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], trainable_token_indices=indices, task_type="CAUSAL_LM"
+    )
+    live = peft.get_peft_model(make_model("qwen2"), config).eval()
+    stir(parameter for parameter in live.parameters() if parameter.requires_grad)
+    live.save_pretrained(tmp_path)
+    model = make_model("qwen2")
+    method = adapters.load(tmp_path, model)
+    assert difference(model, live) <= 1e-5
+    written = method.disk_config()["trainable_token_indices"]
+    paths = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+    assert written == (
+        IDS if names == ["embed_tokens"] else {paths[name]: ids for name, ids in indices.items()}
+    )
+
+
+def test_what_does_not_go_is_refused() -> None:
+    """A table that is trained otherwise, and a head with a bias, are named, with what to do."""
+    for settings in ({"train_also": ["lm_head"]}, {"targets": ["embed_tokens"]}, {"targets": ["lm_head"]}):
+        for architecture in ("llama", "qwen2"):
+            with pytest.raises(
+                InputError, match=r"adapter\.train_tokens: .* has an adapter or is trained whole"
+            ):
+                inject(make_model(architecture), **settings)
+    config = PhiConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    with pytest.raises(InputError, match="lm_head has a bias"):
+        inject(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_table_grows_with_the_mean() -> None:
+    """New rows of embedding and head are the mean of the old ones, which keep their bits; what was tied stays tied."""
+    for architecture in ("llama", "qwen2", "gpt2"):
+        model, base = make_model(architecture, torch.bfloat16), make_model(architecture, torch.bfloat16)
+        grow(model, 96)
+        assert torch.equal(logits(model), logits(base))
+        grow(model, 99)
+        for table, old in (
+            (model.get_input_embeddings().weight, base.get_input_embeddings().weight),
+            (model.lm_head.weight, base.lm_head.weight),
+        ):
+            assert table.shape == (99, 32)
+            assert torch.equal(table[:96], old)
+            assert torch.equal(table[96:], old.float().mean(0).bfloat16().expand(3, -1))
+            assert not table.requires_grad
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) is (architecture != "qwen2")
+        assert torch.equal(logits(model)[..., :96], logits(base))
+
+
+CONTROL = "<|endoftext|>"
+"""A control token that the toy tokenizer has and its template does not write."""
+
+
+def tool_rows(number: int, mark: str) -> list[dict[str, str]]:
+    """Return rows whose answers begin with a mark."""
+    return [{**row, "completion": f"{mark} {row['completion']}"} for row in rows(number)]
+
+
+def job(folder: Path, base: Path, mark: str, **changes: Any) -> Recipe:
+    """Return a recipe over rows that hold a mark."""
+    path = write_recipe(
+        folder, base, **{"export__formats": ["merged", "peft"], "train__max_steps": 3, **changes}
+    )
+    write_rows(folder / "train.jsonl", tool_rows(40, mark))
+    write_rows(folder / "eval.jsonl", tool_rows(11, mark))
+    return load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "mark", "quantize"),
+    [("train_tokens", CONTROL, "none"), ("add_tokens", "<tool>", "none"), ("add_tokens", "<tool>", "nf4")],
+)
+def test_a_run_trains_its_tokens_in_every_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, mark: str, quantize: str
+) -> None:
+    """On a tied base, adapter, merged model and the command `merge` score as the run; only these rows have changed."""
+    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+    base = write_base(tmp_path / "base")
+    adapter = {"method": "lora", "rank": 4, key: [mark]}
+    recipe = job(
+        tmp_path, base, mark, adapter=adapter, model__quantize=quantize, train__weight_decay=0.1,
+        evaluate__metrics=["loss", "exact_match"],
+    )  # fmt: skip
+    summary = pipeline.train(recipe)
+    run = tmp_path / "run"
+    scores = summary["eval"]["tuned"]
+    merge_limit = 1e-5 if quantize == "none" else 1e9
+    assert pipeline.merge(run, tmp_path / "again", recipe)["max_logit_difference"] <= merge_limit
+    for target in (run, run / "adapter", run / "merged", tmp_path / "again"):
+        if quantize == "none" or target in (run, run / "adapter"):
+            assert pipeline.evaluate(target, recipe)["tuned"]["loss"] == pytest.approx(
+                scores["loss"], rel=1e-5
+            )
+    original = AutoModelForCausalLM.from_pretrained(base)
+    old = original.get_input_embeddings().weight
+    known = len(old)
+    for folder in (run / "merged", tmp_path / "again"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        (token,) = tokenizer(mark)["input_ids"]
+        assert (token == known) is (key == "add_tokens")
+        merged = AutoModelForCausalLM.from_pretrained(folder)
+        table = merged.get_input_embeddings().weight
+        same = [i for i in range(known) if i != token]
+        assert torch.equal(table[same], old[same])
+        assert len(table) == merged.config.vocab_size == max(known, token + 1)
+        assert merged.lm_head.weight is table
+        assert tokenizer.chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    card = (run / "adapter" / "README.md").read_text()
+    assert (f"resize_token_embeddings({known + 1})" in card) is (key == "add_tokens")
+    if key == "add_tokens":
+        original.resize_token_embeddings(known + 1)
+    loaded = peft.PeftModel.from_pretrained(original, run / "adapter").eval()
+    if quantize == "none":
+        assert difference(loaded, AutoModelForCausalLM.from_pretrained(run / "merged").eval()) <= 1e-5
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == [token]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Continued from step 2 of 4 with new tokens and an adapted layer, a run ends in the same adapter, bit for bit."""
+    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+    base = write_base(tmp_path / "base")
+    adapter = {"method": "lora", "rank": 4, "add_tokens": ["<tool>"], "train_tokens": ["Ġsays"]}
+    files = []
+    for name, steps in (("straight", [4]), ("stopped", [2, 4])):
+        for total in steps:
+            recipe = job(
+                tmp_path / name, base, "<tool>", adapter=adapter, export__formats=["peft"],
+                train__max_steps=total, train__save_every=2, train__schedule="constant",
+            )  # fmt: skip
+            pipeline.train(recipe, resume=total == 4 and name == "stopped")
+        files.append((tmp_path / name / "run" / "adapter" / _peft.TENSOR_FILE).read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (
+            {"train_tokens": ["<|im_strat|>"]},
+            r"adapter\.train_tokens: '<\|im_strat\|>' is no token .*im_start",
+        ),
+        ({"train_tokens": ["<tool>"]}, r"a new one goes under adapter\.add_tokens"),
+        ({"add_tokens": ["<|im_end|>"]}, r"is a token of the model already, 2 \(put it under"),
+        ({"add_tokens": ["<never>"]}, "no row of data.train has '<never>'"),
+    ],
+)
+def test_names_are_checked_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: dict[str, Any], message: str
+) -> None:
+    """A token that does not exist, exists already, or is in no row: one line that says what to do, no run folder."""
+    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+    recipe = job(tmp_path, write_base(tmp_path / "base"), "!", adapter={"method": "lora", **adapter})
+    with pytest.raises(InputError, match=message):
+        pipeline.train(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_named_twice_are_refused(tmp_path: Path) -> None:
+    """A token that is listed twice, or under both keys, is a conflict of the recipe."""
+    for adapter in (
+        {"train_tokens": ["<a>", "<a>"]},
+        {"add_tokens": ["<a>", "<a>"]},
+        {"train_tokens": ["<a>"], "add_tokens": ["<a>"]},
+    ):
+        path = write_recipe(tmp_path, Path("tiny"), adapter={"method": "lora", **adapter})
+        with pytest.raises(InputError, match=r"adapter\.\w+_tokens: found '<a>'"):
+            load_recipe(path)
