@@ -201,8 +201,7 @@ def grow(model: PreTrainedModel, size: int) -> None:
     model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
         for path, mean in means.items():
-            _weight(model, path)[old:] = mean
-    model.requires_grad_(False)
+            _weight(model, path).requires_grad_(False)[old:] = mean
 
 
 def _weight(model: nn.Module, path: str) -> nn.Parameter:

@@ -166,6 +166,20 @@ def test_what_does_not_go_is_refused() -> None:
         inject(AutoModelForCausalLM.from_config(config))
 
 
+def test_new_tokens_are_trained_beside_the_adapters() -> None:
+    """A table that grows leaves the adapters trainable, and its new rows start at the mean in embedding and head."""
+    for architecture in ("llama", "qwen2"):
+        model, base = make_model(architecture), make_model(architecture)
+        method = inject(model, train_tokens=["7"], add_tokens=["97", "96"])
+        trained = method.trainable(model)
+        assert len([name for name in trained if "lora_" in name]) == 4
+        assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained.values()}
+        for path, part in method.rows.items():  # type: ignore[attr-defined]
+            old = base.get_submodule(path).weight
+            assert torch.equal(part.trainable_tokens_delta[0], old[7])
+            assert float((part.trainable_tokens_delta[1:] - old.mean(0)).abs().max()) <= 1e-6
+
+
 def test_a_table_grows_with_the_mean() -> None:
     """New rows of embedding and head are the mean of the old ones, which keep their bits; what was tied stays tied."""
     for architecture in ("llama", "qwen2", "gpt2"):
