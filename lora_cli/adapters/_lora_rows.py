@@ -45,6 +45,7 @@ class TrainedRows(TrainedModule):
         self.register_buffer("places", places, persistent=False)
         own = nn.Parameter(weight[self.ids].float()) if leader is None else leader.trainable_tokens_delta
         self.trainable_tokens_delta = own
+        self.output_scale = embedding_scale(base) if isinstance(base, nn.Embedding) else None
         self._leader = (leader,)  # in a tuple, so that it is not registered
         self._replaced: Tensor | None = None
 
@@ -76,9 +77,9 @@ class TrainedRows(TrainedModule):
             # In place: the frozen product's backward pass does not need its output, and logits are large.
             return y.index_copy_(-1, self.ids, F.linear(x, rows))
         place = self.places[x]  # token ids (...) -> (..., dim)
-        scale = embedding_scale(self.base) if isinstance(self.base, nn.Embedding) else None
         looked_up = F.embedding(place.clamp(min=0), rows)
-        return torch.where((place < 0)[..., None], y, looked_up if scale is None else looked_up * scale)
+        looked_up = looked_up if self.output_scale is None else looked_up * self.output_scale
+        return torch.where((place < 0)[..., None], y, looked_up)
 
     def disk_tensors(self) -> dict[str, Tensor]:
         """Return the rows (n, dim) by PEFT's name; of a module that follows another nothing is stored."""

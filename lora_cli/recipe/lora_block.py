@@ -55,7 +55,8 @@ class LoraAdapter(Section):
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     """How A and B start. default: A uniform, B zero. gaussian: A normal, B zero. orthogonal: both random, B A zero.
     pissa (arXiv 2404.02948), olora (arXiv 2406.01775): at the base weight's largest singular directions, or at its QR
-    factors; the base itself stays as it is, and the adapter is written as plain LoRA of twice the rank."""
+    factors; the base itself stays as it is, and the adapter is written as plain LoRA of twice the rank. An
+    embedding always starts with A zero and B normal, and has no dropout."""
     plus_ratio: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """LoRA+ (arXiv 2402.12354): B's learning rate is this many times train.learning_rate, which is A's. The paper
     recommends about 16, with a lower rate for A."""

@@ -83,7 +83,7 @@ def on_dense_base(form: str, model: AdaptedModel, base: Path) -> Iterator[Adapte
     if form == "full":
         # Another exact attention rounds differently in bfloat16; it is the weights that are compared.
         attention = model.model.config._attn_implementation
-        dense = load_model(base, dtype=model.model.dtype, device=model.device, attention=attention)
+        dense = load_model(base, dtype=model.dtype, device=model.device, attention=attention)
         layers = placed(model)
         embedding: Any = model.model.get_input_embeddings()  # type: ignore[no-untyped-call]
         grow(dense, embedding.weight.shape[0])

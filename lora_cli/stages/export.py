@@ -84,7 +84,7 @@ def run(
                 difference, from_live = _reload_adapter(staging, model, written)
                 note = _new_tokens(model) if tokenizer is not None else ""
                 if errors:
-                    note = _approximation(written, errors, from_live, model.model.dtype)
+                    note = _approximation(written, errors, from_live, model.dtype)
                     log(f"export: {note}")
             elif quantized_layers(model.model):
                 chosen, figures = _merge_base.choose(settings, model, base, sample, log)
@@ -93,7 +93,7 @@ def run(
                     difference = _write_merged(staging, dense, settings.max_shard_bytes, log)
             else:
                 difference = _write_merged(staging, model, settings.max_shard_bytes, log)
-            _check(form, difference, model.model.dtype)
+            _check(form, difference, model.dtype)
             _add_companions(staging, base, tokenizer, stop_ids, f"{card}\n{note}\n" if note else card)
         differences[form] = difference
         log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
@@ -175,10 +175,10 @@ def _write_merged(
             model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     # Another exact attention rounds differently in bfloat16; it is the weights that are compared here.
     attention = model.model.config._attn_implementation
-    reread = load_model(folder, dtype=model.model.dtype, device=model.device, attention=attention)
+    reread = load_model(folder, dtype=model.dtype, device=model.device, attention=attention)
     if model.layers:
         rounding = float((merged - live).abs().max())
-        log(f"merge: rounding the update into {model.model.dtype} moves a logit by at most {rounding:.1e}")
+        log(f"merge: rounding the update into {model.dtype} moves a logit by at most {rounding:.1e}")
     return float((sample_logits(reread) - merged).abs().max())
 
 

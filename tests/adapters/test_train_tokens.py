@@ -12,14 +12,16 @@ import torch
 from lora_variants import difference, logits, ours, stir, theirs
 from small import make_model, make_rows
 from test_lora_training import adamw, follow, start_alike
-from toy import rows, write_base, write_recipe, write_rows
+from toy import rows, write_base, write_recipe, write_rows, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, PhiConfig, PreTrainedModel
 
 from lora_cli import adapters, pipeline
 from lora_cli.adapters import Method, _peft
 from lora_cli.adapters._lora_rows import TrainedRows, grow
+from lora_cli.data.render import Renderer
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
+from lora_cli.models.load import load_tokenizer
 from lora_cli.objectives.sft import Sft
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import LoraAdapter, Recipe
@@ -268,11 +270,18 @@ def test_a_run_trains_its_tokens_in_every_format(
     assert config["trainable_token_indices"] == [token]
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Continued from step 2 of 4 with new tokens and an adapted layer, a run ends in the same adapter, bit for bit."""
+@pytest.mark.parametrize(
+    "settings",
+    [{"add_tokens": ["<tool>"], "train_tokens": ["Ġsays"]}, {"targets": ["q_proj", "embed_tokens"]}],
+    ids=["tokens", "embedding"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Continued from step 2 of 4 with new tokens or an adapted embedding, a run ends in the same adapter."""
     monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
     base = write_base(tmp_path / "base")
-    adapter = {"method": "lora", "rank": 4, "add_tokens": ["<tool>"], "train_tokens": ["Ġsays"]}
+    adapter = {"method": "lora", "rank": 4, **settings}
     files = []
     for name, steps in (("straight", [4]), ("stopped", [2, 4])):
         for total in steps:
@@ -306,6 +315,38 @@ def test_names_are_checked_before_the_model_is_loaded(
     with pytest.raises(InputError, match=message):
         pipeline.train(recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_named_control_token_may_stand_in_a_message(tmp_path: Path) -> None:
+    """A control token that is trained is one in a message too; one that ends answers stays text, named or not."""
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    for spelled in ([], [CONTROL], [CONTROL, "<|im_end|>"]):
+        controls = Renderer(tokenizer, "model", "assistant", spelled).controls
+        assert (CONTROL in controls) is not bool(spelled)
+        assert "<|im_end|>" in controls
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"add_tokens": ["<tool>"]}, {"targets": ["embed_tokens"]}, {"train_also": ["embed_tokens"]}],
+    ids=["tokens", "embedding", "whole"],
+)
+def test_a_bfloat16_run_is_merged_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """With float32 weights trained in the embedding of an untied bfloat16 base, the merged model is bfloat16."""
+    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+    base = write_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0).contiguous())
+    model.save_pretrained(base)
+    adapter = {"method": "lora", "rank": 4, **settings}
+    recipe = job(tmp_path, base, "<tool>", adapter=adapter, model__dtype="bfloat16")
+    assert pipeline.train(recipe)["status"] == "done"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype="auto")
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
 
 
 def test_tokens_named_twice_are_refused(tmp_path: Path) -> None:
