@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters._targets import BASE_LINEARS, match_targets, short_names
+from lora_cli.adapters._targets import match_targets, short_names
 from lora_cli.adapters._targets import BaseLinear as BaseLinear
 from lora_cli.adapters._whole import TrainedModule
 from lora_cli.models.nf4 import QuantizedLinear
@@ -33,8 +33,7 @@ class AdapterLinear(nn.Module, ABC):
 
     def __init__(self, base: BaseLinear | nn.Embedding) -> None:
         super().__init__()
-        # An embedding is a linear layer whose inputs are unit vectors, stored (in, out), without a bias.
-        self.base: BaseLinear = cast(BaseLinear, base)
+        self.base: BaseLinear = cast(BaseLinear, base)  # an embedding is a linear layer of unit vectors
         self.enabled = True
         """False: the layer computes exactly what the base does."""
         self.bias: nn.Parameter | None = None
@@ -46,13 +45,16 @@ class AdapterLinear(nn.Module, ABC):
         """Where the base is, and what a method adds to it must be."""
         self.fan_in_fan_out = isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.conv1d)
         """PEFT's name for a linear base whose weight is stored (in, out) on disk."""
-        self.transposed = isinstance(base, Conv1D | nn.Embedding)
-        """True: the base's `weight` is (in, out)."""
         if isinstance(base, QuantizedLinear):
             self.in_features, self.out_features = base.in_features, base.out_features
         else:
             sizes = base.weight.shape if self.transposed else base.weight.shape[::-1]
             self.in_features, self.out_features = sizes
+
+    @property
+    def transposed(self) -> bool:
+        """True: the base's `weight` is (in, out). A layer may be moved from a quantized base to a dense one."""
+        return isinstance(self.base, Conv1D | nn.Embedding)
 
     @property
     def merged(self) -> bool:
@@ -197,7 +199,6 @@ class Method:
         self.disk_targets = short_names(model, paths, embeddings=self.adapts_embeddings)
         for path in paths:
             base = model.get_submodule(path)
-            assert isinstance(base, (*BASE_LINEARS, nn.Embedding))
             make = self.make_embedding if isinstance(base, nn.Embedding) else self.make_layer
             self.layers[path] = make(path, base)  # type: ignore[arg-type]
             replace_module(model, path, self.layers[path])
