@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters._targets import match_targets, short_names
 from lora_cli.adapters._targets import BaseLinear as BaseLinear
+from lora_cli.adapters._targets import match_targets, short_names
 from lora_cli.adapters._whole import TrainedModule
 from lora_cli.models.nf4 import QuantizedLinear
 from lora_cli.types import Progress
