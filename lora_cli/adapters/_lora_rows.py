@@ -119,7 +119,8 @@ def place(
     grows. The rows of `new` tokens start at the mean. `taken` are paths of modules that are trained otherwise.
 
     Raises:
-        InputError: such a module would be wrapped, or one that is neither a plain embedding nor a head without a bias.
+        InputError: such a module would be wrapped, or one that is neither a plain embedding nor a head without a bias;
+            or the tokens name no module, or are so far beyond the table that it must be another model's.
     """
     embedding, head = _paths(model)
     indices = {path: ids for path, ids in _by_path(model, tokens).items() if path}
@@ -133,7 +134,10 @@ def place(
         raise InputError(f"{where}: {head} shares the weight of {embedding}, but not the tokens to train")
     for path in indices:
         _require_table(model, path, is_head=path == head, taken=taken, where=where)
-    grow(model, 1 + max(max(ids) for ids in indices.values()))
+    last, size = max((max(ids) for ids in indices.values()), default=-1), len(_weight(model, embedding))
+    if not 0 <= last < 2 * size:
+        raise InputError(f"{where}: found {tokens}, but the model has tokens 0 to {size - 1} in {embedding}")
+    grow(model, last + 1)
     made: dict[str, TrainedRows] = {}
     for path, ids in indices.items():
         made[path] = TrainedRows(model.get_submodule(path), ids, made.get(embedding) if tied else None)

@@ -153,6 +153,28 @@ def test_pefts_choice_of_modules_is_read(names: list[str], tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        [96 * 2],
+        [10**12],
+        {"encoder": [5]},
+        [5, 5],
+        [-1],
+        {"lm_head": []},
+        {"embed_tokens": [5], "lm_head": [6]},
+    ],
+)
+def test_tokens_in_a_file_that_fit_no_model_are_refused(value: Any, tmp_path: Path) -> None:
+    """Tokens far beyond the table, twice, of no module, or at odds with a tied head are refused, nothing allocated."""
+    _peft.write(tmp_path, inject(make_model("llama")), base_name="base", revision=None)
+    config = json.loads((tmp_path / _peft.CONFIG_FILE).read_text())
+    config["trainable_token_indices"] = value
+    (tmp_path / _peft.CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(InputError, match="trainable_token_indices"):
+        adapters.load(tmp_path, make_model("llama"))
+
+
 def test_what_does_not_go_is_refused() -> None:
     """A table that is trained otherwise, and a head with a bias, are named, with what to do."""
     for settings in ({"train_also": ["lm_head"]}, {"targets": ["embed_tokens"]}, {"targets": ["lm_head"]}):
