@@ -134,13 +134,17 @@ def place(
         raise InputError(f"{where}: {head} shares the weight of {embedding}, but not the tokens to train")
     for path in indices:
         _require_table(model, path, is_head=path == head, taken=taken, where=where)
-    last, size = max((max(ids) for ids in indices.values()), default=-1), len(_weight(model, embedding))
-    if not 0 <= last < 2 * size:
-        raise InputError(f"{where}: found {tokens}, but the model has tokens 0 to {size - 1} in {embedding}")
-    grow(model, last + 1)
+    last = max((max(ids) for ids in indices.values()), default=-1)
+    size = min((len(_weight(model, path)) for path in indices), default=0)
+    fits = last < size or (last < 2 * size and not {embedding, head} & {*taken})
+    if not indices or not fits:
+        raise InputError(f"{where}: found {tokens}, but the model has {size} tokens there")
+    if last >= size:
+        grow(model, last + 1)
     made: dict[str, TrainedRows] = {}
-    for path, ids in indices.items():
-        made[path] = TrainedRows(model.get_submodule(path), ids, made.get(embedding) if tied else None)
+    for path in sorted(indices, key=lambda path: path != embedding):  # the one that others follow comes first
+        leader = made.get(embedding) if tied else None
+        made[path] = TrainedRows(model.get_submodule(path), indices[path], leader)
         if not made[path].follows:
             made[path].start_at_mean(new)
     for path, rows in made.items():

@@ -153,6 +153,21 @@ def test_pefts_choice_of_modules_is_read(names: list[str], tmp_path: Path) -> No
     )
 
 
+def test_pefts_two_names_of_one_table_are_read(tmp_path: Path) -> None:
+    """A tied model of PEFT's, in which head and embedding are both named, has one trained matrix in ours too."""
+    config = peft.LoraConfig(
+        target_modules=["c_attn"], trainable_token_indices={"lm_head": IDS, "wte": IDS}, task_type="CAUSAL_LM"
+    )
+    live = peft.get_peft_model(make_model("gpt2"), config).eval()
+    stir(parameter for parameter in live.parameters() if parameter.requires_grad)
+    live.save_pretrained(tmp_path)
+    model = make_model("gpt2")
+    method = adapters.load(tmp_path, model)
+    assert difference(model, live) <= 1e-5
+    first, second = method.whole.values()
+    assert first.trainable_tokens_delta is second.trainable_tokens_delta
+
+
 @pytest.mark.parametrize(
     "value",
     [
