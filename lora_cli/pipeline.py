@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import adapters, objectives
 from lora_cli.adapters import Method, Start, _peft
+from lora_cli.data.chosen_tokens import add_tokens, require_used, token_ids
 from lora_cli.data.render import settle_special_tokens
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
@@ -63,8 +64,16 @@ def train(
         with _timed(seconds, "prepare"):
             base = base_folder(recipe.model.base, recipe.model.revision)
             recipe, start = _settle_start(recipe, base)
-            tokenizer = load_tokenizer(base)
-            prepared = prepare.run(recipe.data, recipe.objective.train_on, tokenizer, rt, log.line)
+            tokenizer = _tokenizer(recipe, base)
+            prepared = prepare.run(
+                recipe.data,
+                recipe.objective.train_on,
+                tokenizer,
+                rt,
+                log.line,
+                spelled=_named_tokens(recipe),
+            )
+            require_used(prepared, _named_tokens(recipe))
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
             facts = report.fingerprints(
                 prepared, base_fingerprint(base), start.fingerprint() if start else None
@@ -105,8 +114,9 @@ def train(
             if "peft" not in targets:
                 merge_with = "lora-train --resume with export.formats=[merged]"
             differences = _export(
-                targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample, merge_with
-            )
+                targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample, merge_with,
+                tokenizer if recipe.chosen_tokens()[1] else None,
+            )  # fmt: skip
 
         summary = report.complete(summary, differences, seconds, rt.device)
         if rt.is_main:
@@ -122,9 +132,8 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         raise InputError("data.eval: no held-out rows to score on (give data.eval=FILE)")
     with _started(recipe) as (rt, log):
         adapter, base = _locate(target, recipe)
-        prepared = prepare.run(
-            recipe.data, recipe.objective.train_on, load_tokenizer(base), rt, log.line, need_train=False
-        )
+        tokenizer, _ = _tokenizer_of(adapter, base)
+        prepared = _held_out(recipe, tokenizer, rt, log)
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         generated = evaluate_stage.plan(recipe.evaluate, prepared)
         attention = fastest_attention(rt.device, recipe.data.max_length)
@@ -132,8 +141,8 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         model = load_model(
             base, dtype=dtype, device=rt.device, attention=attention, quantization=quantization
         )
-        inject.check_rows_fit(model, prepared, max_generated=generated)
         layers = _load_adapter(adapter, base, model).placed() if adapter is not None else {}
+        inject.check_rows_fit(model, prepared, max_generated=generated)
         scores = evaluate_stage.run(
             recipe.evaluate, AdaptedModel(model, layers), objective, prepared,
             rt=rt, log=log, with_base=adapter is not None,
@@ -156,7 +165,8 @@ def merge(
             raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
-        sample = _held_out_sample(recipe, base, rt, log) if form == "merged" else []
+        tokenizer, has_new = _tokenizer_of(adapter, base)
+        sample = _held_out_sample(recipe, tokenizer, rt, log) if form == "merged" else []
         model = load_model(
             base,
             dtype=DTYPES[dtype or recipe.model.dtype],
@@ -164,7 +174,7 @@ def merge(
             quantization=_quantization(recipe),
         )
         method = _load_adapter(adapter, base, model)
-        _, stop_ids = settle_special_tokens(load_tokenizer(base), recipe.data.template)
+        _, stop_ids = settle_special_tokens(tokenizer, recipe.data.template)
         card = adapter / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, {form}\n"
         adapted = AdaptedModel(model, method.placed())
@@ -172,8 +182,9 @@ def merge(
         if not RunFolder(target).is_run():
             merge_with += f" model.base={recipe.model.base}"
         differences = _export(
-            {form: output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample, merge_with
-        )
+            {form: output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample, merge_with,
+            tokenizer if has_new else None,
+        )  # fmt: skip
         return {"output": str(output), "max_logit_difference": differences.pop(form), **differences}
 
 
@@ -215,6 +226,29 @@ def _require_base_of(adapter: Path, base: Path) -> None:
         raise InputError(f"{adapter}: was trained on another base than {base}: config or weights differ")
 
 
+def _tokenizer(recipe: Recipe, base: Path) -> Any:
+    """Return the base's tokenizer with the new tokens of the recipe, which must know all tokens that are trained."""
+    tokenizer = load_tokenizer(base)
+    add_tokens(tokenizer, recipe.chosen_tokens()[1])
+    token_ids(tokenizer, _named_tokens(recipe))
+    return tokenizer
+
+
+def _tokenizer_of(adapter: Path | None, base: Path) -> tuple[Any, bool]:
+    """Return the tokenizer that an adapter was trained with, and whether it knows tokens that the base's does not."""
+    known = load_tokenizer(base)
+    if adapter is None or not (adapter / "tokenizer.json").is_file():
+        return known, False
+    chosen = _peft.read_config(adapter).get("trainable_token_indices")
+    own = load_tokenizer(adapter) if chosen else known
+    return (own, True) if len(own) > len(known) else (known, False)
+
+
+def _named_tokens(recipe: Recipe) -> list[str]:
+    known, new = recipe.chosen_tokens()
+    return [*known, *new]
+
+
 def _quantization(recipe: Recipe) -> Quantization | None:
     form = recipe.quantization()
     return None if form == "none" else Quantization(form, recipe.model.double_quant)
@@ -225,13 +259,17 @@ def _sample(examples: Examples | None) -> list[Example]:
     return [examples[row] for row in range(min(16, len(examples)))] if examples is not None else []
 
 
-def _held_out_sample(recipe: Recipe, base: Path, rt: Runtime, log: Log) -> list[Example]:
+def _held_out_sample(recipe: Recipe, tokenizer: Any, rt: Runtime, log: Log) -> list[Example]:
     """Return held-out rows for a merge that is measured; none where they are not wanted or no longer there."""
     held_out = recipe.data.eval
     if recipe.quantization() == "none" or held_out is None or not Path(held_out).expanduser().exists():
         return []
-    tokenizer, train_on = load_tokenizer(base), recipe.objective.train_on
-    return _sample(prepare.run(recipe.data, train_on, tokenizer, rt, log.line, need_train=False).eval)
+    return _sample(_held_out(recipe, tokenizer, rt, log).eval)
+
+
+def _held_out(recipe: Recipe, tokenizer: Any, rt: Runtime, log: Log) -> Prepared:
+    on, spelled = recipe.objective.train_on, _named_tokens(recipe)
+    return prepare.run(recipe.data, on, tokenizer, rt, log.line, need_train=False, spelled=spelled)
 
 
 def _total_steps(recipe: Recipe, prepared: Prepared) -> int:
@@ -263,6 +301,7 @@ def _export(
     log: Log,
     sample: Sequence[Example],
     merge_with: str,
+    tokenizer: Any | None,
 ) -> dict[str, Any]:
     """Export in the one process that writes; return the logit difference of each format after it was read back."""
     if not rt.is_main:
@@ -273,7 +312,7 @@ def _export(
         targets, model, method,
         base=base, base_name=str(base.resolve()) if local else recipe.model.base, revision=recipe.model.revision,
         stop_ids=stop_ids, card=card, facts={"model.base": base_fingerprint(base)},
-        settings=recipe.export, sample=sample, merge_with=merge_with, log=log.line,
+        settings=recipe.export, tokenizer=tokenizer, sample=sample, merge_with=merge_with, log=log.line,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli import adapters
 from lora_cli.adapters import Method
+from lora_cli.adapters._lora_embedding import LoraEmbedding
 from lora_cli.objectives._base import pad_batches
 from lora_cli.recipe.schema import LoraAdapter
 from lora_cli.types import Batch
@@ -70,6 +72,20 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "eva, many ranks to few layers": ({"init": "eva", "rank": 1, "eva_rho": 8.0}, {}),
     "bias of adapters": ({"bias": "adapter"}, {"bias": "lora_only"}),
     "every bias": ({"bias": "all"}, {"bias": "all"}),
+    "embedding": ({"targets": ["FIRST", "EMBED"]}, {"target_modules": ["FIRST", "EMBED"]}),
+    "embedding, rslora, patterns": (
+        {"targets": ["FIRST", "EMBED"], "scaling": "rslora", "rank_pattern": {"EMBED": 6}},
+        {"target_modules": ["FIRST", "EMBED"], "use_rslora": True, "rank_pattern": {"EMBED": 6}},
+    ),
+    "embedding and head": (
+        {"targets": ["FIRST", "EMBED", "lm_head"], "init": "orthogonal"},
+        {"target_modules": ["FIRST", "EMBED", "lm_head"], "init_lora_weights": "orthogonal"},
+    ),
+    "tokens": ({"train_tokens": ["7", "90", "95"]}, {"trainable_token_indices": "TOKENS"}),
+    "tokens, norm, biases": (
+        {"train_tokens": ["90"], "train_also": ["NORM"], "bias": "adapter"},
+        {"trainable_token_indices": "TOKENS", "modules_to_save": ["NORM"], "bias": "lora_only"},
+    ),
     "norm": ({"train_also": ["NORM"]}, {"modules_to_save": ["NORM"]}),
     "norm, embedding, head": (
         {"train_also": ["NORM", "lm_head", "EMBED"]},
@@ -80,10 +96,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"modules_to_save": ["NORM"], "bias": "lora_only"},
     ),
 }
-FACTORS = [name for name in VARIANTS if "bias" not in name and "norm" not in name]
+FACTORS = [name for name in VARIANTS if not re.search("bias|norm|tokens", name)]
 CASES = [(name, kind) for name in FACTORS for kind in ("llama", "gpt2")]
 CASES += [(name, kind) for name in VARIANTS if name not in FACTORS for kind in ("qwen2", "gpt2")]
-CASES += [("pissa", "qwen2"), ("norm", "llama"), ("norm, embedding, head", "llama")]
+CASES += [(name, "qwen2") for name in FACTORS if "embedding" in name]
+CASES += [("pissa", "qwen2"), ("norm", "llama"), ("norm, embedding, head", "llama"), ("tokens", "llama")]
 """Every variant on layers that store (out, in) and (in, out); on both kinds of bias and of head besides."""
 
 
@@ -122,6 +139,10 @@ def settings(name: str, architecture: str, whose: int) -> dict[str, Any]:
     for word, own in WORDS[architecture].items():
         text = text.replace(word, own)
     found: dict[str, Any] = json.loads(text)
+    if found.get("trainable_token_indices"):  # a head of its own is trained in the same rows
+        ids = [int(token) for token in VARIANTS[name][0]["train_tokens"]]
+        untied = {"embed_tokens": ids, "lm_head": ids}
+        found["trainable_token_indices"] = untied if architecture == "qwen2" else ids
     return found
 
 
@@ -132,6 +153,7 @@ def ours(
     chosen = {"rank": 4, "alpha": 6.0, "targets": TARGETS[architecture], **settings(name, architecture, 0)}
     model = make_model(architecture, dtype, quantize=quantize)
     method = adapters.build(LoraAdapter(**chosen), seed=1)
+    method.learn_tokens(lambda names: [int(name) for name in names])
     method.prepare(model, Source(architecture))
     method.inject(model)
     return model, method
@@ -149,6 +171,16 @@ def theirs(name: str, architecture: str) -> torch.nn.Module:
     values: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[architecture]}
     values |= settings(name, architecture, 1)
     return peft.get_peft_model(make_model(architecture), peft.LoraConfig(task_type="CAUSAL_LM", **values))
+
+
+def start_embeddings_alike(method: Method, other: torch.nn.Module) -> None:
+    """Give PEFT's adapters of embeddings our initial values."""
+    with torch.no_grad():
+        for path, layer in method.layers.items():
+            if isinstance(layer, LoraEmbedding):
+                module = other.get_submodule(f"base_model.model.{path}")
+                module.lora_embedding_A["default"].copy_(layer.lora_embedding_A)
+                module.lora_embedding_B["default"].copy_(layer.lora_embedding_B)
 
 
 def stir(parameters: Any) -> None:

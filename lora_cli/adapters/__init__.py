@@ -56,6 +56,11 @@ def open_start(folder: Path, method: str) -> Start:
             " keys, or choose another init_from)"
         )
     _peft.require_neutral(str(folder / _peft.CONFIG_FILE), config, kind.disk_keys)
+    if config.get("trainable_token_indices"):
+        raise InputError(
+            f"adapter.init_from: {folder} trains rows of single tokens, from which no run can start (merge it with"
+            " lora-merge, and train on the result)"
+        )
     return Start(folder, kind, config)
 
 

@@ -5,24 +5,24 @@
                                   .base: nn.Linear, frozen
                                   .lora_A, .lora_B, ...: float32, trained
 
-Shapes: `in`, `out` are the layer's features; weights are (out, in) whatever the base stores (GPT-2's Conv1D stores
-(in, out), a QuantizedLinear packed codes).
+Shapes: `in`, `out` are the layer's features; weights are (out, in) whatever the base stores (GPT-2's Conv1D and an
+embedding store (in, out), a QuantizedLinear packed codes).
 """
 
 from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters._targets import BASE_LINEARS, match_targets, short_names
 from lora_cli.adapters._targets import BaseLinear as BaseLinear
+from lora_cli.adapters._targets import match_targets, short_names
 from lora_cli.adapters._targets import replace_module as replace_module
 from lora_cli.adapters._whole import TrainedModule
 from lora_cli.models.nf4 import QuantizedLinear
@@ -32,27 +32,30 @@ from lora_cli.types import Progress, StartSource
 class AdapterLinear(nn.Module, ABC):
     """A frozen linear layer with an update beside it: (..., in) -> (..., out)."""
 
-    base: BaseLinear
-
-    def __init__(self, base: BaseLinear) -> None:
+    def __init__(self, base: BaseLinear | nn.Embedding) -> None:
         super().__init__()
-        self.base = base
+        self.base: BaseLinear = cast(BaseLinear, base)  # an embedding is a linear layer of unit vectors
         self.enabled = True
         """False: the layer computes exactly what the base does."""
         self.bias: nn.Parameter | None = None
         """Trained in place of the base's own where `train_bias` was called, (out,) float32."""
-        self._unmerged: Tensor | tuple[QuantizedLinear] | None = None
+        self._unmerged: tuple[nn.Parameter | QuantizedLinear] | None = None
         """While merged: the old weight, or the quantized base, in a tuple so that it is not registered."""
         self._unmerged_bias: Tensor | None = None
         self.device = next(itertools.chain(base.parameters(), base.buffers())).device
         """Where the base is, and what a method adds to it must be."""
         self.fan_in_fan_out = isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.conv1d)
-        """PEFT's name for a base whose weight is stored (in, out) on disk."""
+        """PEFT's name for a linear base whose weight is stored (in, out) on disk."""
         if isinstance(base, QuantizedLinear):
             self.in_features, self.out_features = base.in_features, base.out_features
         else:
-            sizes = base.weight.shape if self.fan_in_fan_out else base.weight.shape[::-1]
+            sizes = base.weight.shape if self.transposed else base.weight.shape[::-1]
             self.in_features, self.out_features = sizes
+
+    @property
+    def transposed(self) -> bool:
+        """True: the base's `weight` is (in, out). A layer may be moved from a quantized base to a dense one."""
+        return isinstance(self.base, Conv1D | nn.Embedding)
 
     @property
     def merged(self) -> bool:
@@ -62,12 +65,11 @@ class AdapterLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Apply base and update: (..., in) -> (..., out)."""
         y: Tensor = self.base(x)
-        if not self.enabled or self.merged:
-            return y
-        y = self.adapt(x, y)
-        if self.bias is None or self.base.bias is None:
-            return y
-        return y + (self.bias - self.base.bias.float()).to(y.dtype)
+        if self.enabled and not self.merged:
+            y = self.adapt(x, y)
+            if self.bias is not None and self.base.bias is not None:
+                y = y + (self.bias - self.base.bias.float()).to(y.dtype)
+        return y
 
     def train_bias(self) -> bool:
         """Train a copy of the base's bias, and return whether it has one."""
@@ -99,18 +101,18 @@ class AdapterLinear(nn.Module, ABC):
 
         Of a quantized base it is the dequantized weight, made anew at each call.
         """
-        if isinstance(self._unmerged, tuple):
-            return self._unmerged[0].dequantized()
-        if isinstance(self.base, QuantizedLinear):
-            return self.base.dequantized()
-        weight = self.base.weight if self._unmerged is None else self._unmerged
-        return weight.T if isinstance(self.base, Conv1D) else weight
+        (kept,) = self._unmerged or (self.base,)
+        if isinstance(kept, QuantizedLinear):
+            return kept.dequantized()
+        weight = kept if isinstance(kept, nn.Parameter) else kept.weight
+        return weight.T if self.transposed else weight
 
     @torch.no_grad()
     def merge(self) -> None:
         """Put the update into the base weight, rounded once to its dtype; the old weight is kept for `unmerge`.
 
-        A quantized base is replaced by a dense layer: quantized again, the weight would lose most of a small update.
+        A weight that the base shares with another module, as an embedding with a tied head, is parted from it. A
+        quantized base is replaced by a dense layer: quantized again, the weight would lose most of a small update.
         """
         assert not self.merged
         weight = self.merged_weight()
@@ -118,26 +120,26 @@ class AdapterLinear(nn.Module, ABC):
             self._unmerged, self.base = (self.base,), self.base.dense(weight)
             if self.bias is not None:
                 # Not copied into the dense layer's bias, which is the quantized one's own.
-                self.base.bias = nn.Parameter(
-                    self.bias.detach().to(self.base.weight.dtype), requires_grad=False
-                )
+                bias = self.bias.detach().to(self.base.weight.dtype)
+                self.base.bias = nn.Parameter(bias, requires_grad=False)
             return
-        self._unmerged = self.base.weight.detach().clone()
+        self._unmerged = (cast(nn.Parameter, self.base.weight),)
         if self.bias is not None:
             self._unmerged_bias = self.base.bias.detach().clone()
             self.base.bias.copy_(self.bias)
-        self.base.weight.copy_(weight.T if isinstance(self.base, Conv1D) else weight)
+        stored = (weight.T if self.transposed else weight).to(self.base.weight.dtype)
+        self.base.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the base weight bit for bit."""
         assert self._unmerged is not None
-        if isinstance(self._unmerged, tuple):
-            (self.base,) = self._unmerged
+        (kept,) = self._unmerged
+        if isinstance(kept, QuantizedLinear):
+            self.base = kept
         else:
-            assert not isinstance(self.base, QuantizedLinear)
-            self.base.weight.copy_(self._unmerged)
-            if self._unmerged_bias is not None:
+            self.base.weight = kept
+            if self._unmerged_bias is not None and self.base.bias is not None:
                 self.base.bias.copy_(self._unmerged_bias)
         self._unmerged, self._unmerged_bias = None, None
 
@@ -171,6 +173,8 @@ class Method:
 
     peft_type: ClassVar[str] = ""
     """PEFT's name of the method in adapter_config.json; empty where PEFT has none."""
+    adapts_embeddings: ClassVar[bool] = False
+    """True: a target may be an embedding that is a plain lookup."""
     disk_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of adapter_config.json that `from_disk_config` takes into account; all others must be neutral."""
     start_keys: ClassVar[Mapping[str, str]] = {}
@@ -183,6 +187,9 @@ class Method:
         """Modules trained in place of the base's, by path."""
         self.disk_targets: list[str] = []
         """The shortest `target_modules` that names exactly the injected layers."""
+
+    def learn_tokens(self, ids_of: Callable[[Sequence[str]], list[int]]) -> None:
+        """Learn the ids of tokens that the settings name, before `inject`."""
 
     def plan(self, total_steps: int) -> None:
         """Learn how many steps the run has, before anything is written.
@@ -204,21 +211,21 @@ class Method:
         """
         model.requires_grad_(False)
         paths = self.target_paths(model)
-        self.disk_targets = short_names(model, paths)
+        self.disk_targets = short_names(model, paths, embeddings=self.adapts_embeddings)
         for path in paths:
             base = model.get_submodule(path)
-            assert isinstance(base, BASE_LINEARS)
-            self.layers[path] = self.make_layer(path, base)
+            make = self.make_embedding if isinstance(base, nn.Embedding) else self.make_layer
+            self.layers[path] = make(path, base)  # type: ignore[arg-type]
             replace_module(model, path, self.layers[path])
         return self.layers
 
     def target_paths(self, model: PreTrainedModel) -> list[str]:
-        """Return the paths of the linear layers that get an adapter, in the model's order.
+        """Return the paths of the layers that get an adapter, in the model's order.
 
         Raises:
-            InputError: a target matches no linear layer.
+            InputError: a target matches no layer that the method adapts.
         """
-        return match_targets(model, self.targets, where=self.targets_key)
+        return match_targets(model, self.targets, where=self.targets_key, embeddings=self.adapts_embeddings)
 
     def layout(self, model: PreTrainedModel) -> dict[str, dict[str, object]]:
         """Return what keys come to on a model without adapters, by key and module path: spellings compare equal."""
@@ -230,6 +237,10 @@ class Method:
 
     def continue_training(self) -> None:
         """Make an adapter that was read one that can be trained on; what it computes stays the same."""
+
+    def make_embedding(self, path: str, base: nn.Embedding) -> AdapterLinear:
+        """Return the initialised layer for the embedding at `path`; only asked of a method that adapts them."""
+        raise AssertionError(path)
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters the optimizer updates, `<module>.<tensor>`; they may be others after `after_step`."""

@@ -22,6 +22,7 @@ KEYS = frozenset(
         "layers_pattern",
         "modules_to_save",
         "eva_config",  # how a start was computed that is in the tensors
+        "trainable_token_indices",
     }
 )
 """What `read` takes into account."""
@@ -53,6 +54,10 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             "names, and with bias all none",
             _are_names(config.get("modules_to_save"))
             and not (config.get("modules_to_save") and config.get("bias") == "all"),
+        ),
+        trainable_token_indices=(
+            "different tokens, or a list of them for each of some modules",
+            _are_tokens(config.get("trainable_token_indices")),
         ),
         init_lora_weights=(
             "a start that leaves the base as it is",
@@ -106,6 +111,14 @@ def whole(alpha: float) -> float:
 def _are_names(value: object) -> bool:
     return value is None or (
         isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    )
+
+
+def _are_tokens(value: object) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(_are_tokens(ids) and ids for ids in value.values())
+    return value is None or (
+        isinstance(value, list) and all(map(_peft.is_integer, value)) and len({*value}) == len(value)
     )
 
 

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -29,13 +30,37 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if isinstance(module, BASE_LINEARS)}
 
 
+def is_lookup(module: nn.Module) -> bool:
+    """Say whether a module is an embedding whose output is a row of its weight, times `embedding_scale`."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    return type(module).forward is nn.Embedding.forward or embedding_scale(module) is not None
+
+
+def embedding_scale(embedding: nn.Embedding) -> float | None:
+    """Return what the module multiplies a row with (Gemma: the root of its width); None where it says nothing.
+
+    Models that scale outside the module, after the lookup, need no care: what is added to a row is scaled with it.
+    """
+    scale = getattr(embedding, "embed_scale", None)
+    if scale is None:
+        return None
+    # As the module itself rounds it: Gemma's scale is cast to the dtype of the weight.
+    return float(torch.as_tensor(scale).to(embedding.weight.dtype))
+
+
 def match_targets(
-    model: PreTrainedModel, targets: str | list[str], *, where: str = "adapter.targets"
+    model: PreTrainedModel,
+    targets: str | list[str],
+    *,
+    where: str = "adapter.targets",
+    embeddings: bool = False,
 ) -> list[str]:
     """Return the paths of the linear layers that `targets` names, in the model's order; `where` heads a message.
 
     `all-linear` is every linear layer but the output head; `attention` and `mlp` are those inside such blocks; a list
     holds module names matched at the end of the path; any other string is a regular expression for the whole path.
+    With `embeddings`, a list or an expression may name embeddings too.
 
     Raises:
         InputError: a target matches no linear layer, or the regular expression is not valid.
@@ -43,14 +68,21 @@ def match_targets(
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     linears = linear_layers(model)
     inner = [path for path, module in linears.items() if module is not head]
+    named = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, BASE_LINEARS) or (embeddings and is_lookup(module))
+    }
     if targets == "all-linear":
         return _non_empty(inner, "all-linear", linears, where)
     if isinstance(targets, list):
         chosen: set[str] = set()
         for target in targets:
-            found = [path for path in linears if path == target or path.endswith(f".{target}")]
+            found = [path for path in named if path == target or path.endswith(f".{target}")]
+            if not found:
+                _refuse_embedding(model, target, where, embeddings=embeddings)
             chosen.update(_non_empty(found, target, linears, where))
-        return [path for path in linears if path in chosen]
+        return [path for path in named if path in chosen]
     if targets in GROUPS:
         found = [path for path in inner if GROUPS[targets] & set(path.split("."))]
         return _non_empty(found, targets, linears, where)
@@ -58,13 +90,27 @@ def match_targets(
         pattern = re.compile(targets)
     except re.error as error:
         raise InputError(f"{where}: {targets!r} is not a regular expression ({error})") from error
-    return _non_empty([path for path in linears if pattern.fullmatch(path)], targets, linears, where)
+    return _non_empty([path for path in named if pattern.fullmatch(path)], targets, linears, where)
 
 
-def short_names(model: PreTrainedModel, paths: list[str]) -> list[str]:
+def short_names(model: PreTrainedModel, paths: list[str], *, embeddings: bool = False) -> list[str]:
     """Return the shortest target list that names exactly `paths`: module names where they do, else the paths."""
     names = sorted({path.rpartition(".")[2] for path in paths})
-    return names if match_targets(model, names) == paths else sorted(paths)
+    return names if match_targets(model, names, embeddings=embeddings) == paths else sorted(paths)
+
+
+def _refuse_embedding(model: nn.Module, target: str, where: str, *, embeddings: bool) -> None:
+    """Say of a target that is an embedding why it gets no adapter.
+
+    Raises:
+        InputError: it is one.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and f".{path}".endswith(f".{target}"):
+            why = "computes more than a lookup" if embeddings else "this method does not adapt"
+            remedy = "leave it out" if embeddings else "leave it out, or use method: lora"
+            found = f"an embedding and {why}" if embeddings else f"an embedding, which {why}"
+            raise InputError(f"{where}: {target!r} is {found} ({remedy})")
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -151,6 +151,7 @@ class Dora(Lora):
     disk_keys = frozenset(
         {"r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights", "use_dora"}
     )
+    adapts_embeddings = False
 
     start_keys: ClassVar[Mapping[str, str]] = {"rank": "value", "alpha": "value", "targets": "modules"}
 

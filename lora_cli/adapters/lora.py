@@ -7,22 +7,32 @@ the model is unchanged at injection. The layers are in `_low_rank.py`.
 
 Variants, each a key of the recipe's block: rsLoRA's scale (2312.03732), ranks and alphas by module, a choice of decoder
 layers, LoRA+'s rate of B (2402.12354), LoRA-FA's frozen A (2308.03303), other starts (`_lora_init.py`, and EVA's from
-the data, `_lora_eva.py`), biases and whole modules trained besides (`_whole.py`).
+the data, `_lora_eva.py`), embeddings (`_lora_embedding.py`). Trained besides: biases and whole modules (`_whole.py`),
+rows of tokens (`_lora_rows.py`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_cli.adapters import _lora_config, _lora_eva, _lora_init, _lora_patterns, _low_rank, _whole
+from lora_cli.adapters import (
+    _lora_config,
+    _lora_eva,
+    _lora_init,
+    _lora_patterns,
+    _lora_rows,
+    _low_rank,
+    _whole,
+)
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method
+from lora_cli.adapters._lora_embedding import LoraEmbedding
 from lora_cli.adapters._low_rank import LoraLinear, ShiftedLoraLinear
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
@@ -35,6 +45,7 @@ class Lora(Method):
     peft_type = "LORA"
     disk_keys = _lora_config.KEYS
     start_keys = _lora_config.START_KEYS
+    adapts_embeddings = True
 
     def __init__(
         self,
@@ -54,6 +65,8 @@ class Lora(Method):
         eva_tokens: int = 65_536,
         bias: str = "none",
         train_also: Sequence[str] = (),
+        train_tokens: Sequence[str] = (),
+        add_tokens: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -67,10 +80,22 @@ class Lora(Method):
         """A and B of layers that are yet to be made; None before `prepare`, which the starts in `PREPARED` need."""
         self.eva_ranks: dict[str, int] = {}
         """Rank of every target, 0 included, where EVA has shared them out."""
+        self.train_tokens, self.add_tokens = list(train_tokens), list(add_tokens)
+        self.rows: dict[str, _lora_rows.TrainedRows] = {}
+        """Where rows of single tokens are trained, by path."""
+        self.row_ids: list[int] | dict[str, list[int]] = []
+        """Tokens to train; as read from a file, where a list for each module is possible."""
+        self.new_ids: list[int] = []
+        """Those of them that the base does not know."""
         self.layer_names: list[str] = []
         """Names before the number of a decoder layer; empty: any."""
         self.strict = True
         """False: patterns and layer indices that name nothing are passed over, as PEFT does with its own files."""
+
+    def learn_tokens(self, ids_of: Callable[[Sequence[str]], list[int]]) -> None:
+        """Learn the ids of the tokens that the settings name, before `inject`."""
+        self.row_ids = sorted(ids_of([*self.train_tokens, *self.add_tokens]))
+        self.new_ids = ids_of(self.add_tokens)
 
     def target_paths(self, model: PreTrainedModel) -> list[str]:
         """Return the paths of the targets in the chosen layers.
@@ -100,6 +125,9 @@ class Lora(Method):
         if self.init not in _lora_init.PREPARED:
             return []
         paths, resumed, self.starts = self.target_paths(model), source.resumed(), {}
+        for path in paths:
+            if isinstance(model.get_submodule(path), nn.Embedding):
+                raise InputError(f"adapter.init: {self.init} is not there for an embedding {_remedy(path)}")
         ranks = {path: _lora_patterns.value_at(self.rank_pattern, path, self.rank) for path in paths}
         if self.init == "loftq":
             if resumed is not None:
@@ -143,8 +171,10 @@ class Lora(Method):
         """Place the adapters, and train biases and whole modules besides where the settings say so.
 
         Raises:
-            InputError: a target, or a module of `train_also`, names nothing, or there is no bias.
+            InputError: a target, or a module of `train_also`, names nothing, or there is no bias, or rows of tokens
+                are to be trained in a module that is trained otherwise.
         """
+        assert self.row_ids or not (self.train_tokens or self.add_tokens), "learn_tokens comes first"
         super().inject(model)
         if self.bias != "none":
             trained = [layer for layer in self.layers.values() if layer.train_bias()]
@@ -158,6 +188,12 @@ class Lora(Method):
                 )
         if self.train_also:
             self.whole |= _whole.wrap(model, self._whole_paths(model, self.layers), tie=self.strict)
+        if self.row_ids:
+            where = "adapter.train_tokens" if self.strict else f"{self.targets_key}, trainable_token_indices"
+            self.rows = _lora_rows.place(
+                model, self.row_ids, self.new_ids, where, taken=self.placed(), both=self.strict
+            )
+            self.whole |= self.rows
         return self.layers
 
     def _whole_paths(self, model: PreTrainedModel, adapted: Collection[str]) -> list[str]:
@@ -209,8 +245,25 @@ class Lora(Method):
         layer.lora_A.requires_grad_(not self.freeze_a)
         return layer
 
+    def make_embedding(self, path: str, base: nn.Embedding) -> AdapterLinear:
+        """Return a LoraEmbedding whose start is a function of seed and path.
+
+        Raises:
+            InputError: it is to start at a part of the base weight, or its A, which is zero, is to stay so.
+        """
+        if self.init in _lora_init.FROM_BASE:
+            raise InputError(f"adapter.init: {self.init} is not there for an embedding {_remedy(path)}")
+        if self.freeze_a:
+            raise InputError(
+                f"adapter.freeze_a: an embedding's A starts at zero, and so would stay {_remedy(path)}"
+            )
+        rank = _lora_patterns.value_at(self.rank_pattern, path, self.rank)
+        layer = LoraEmbedding(base, rank=rank, alpha=self._alpha_of(path), rslora=self.rslora)
+        layer.reset(stream_seed(self.seed, "adapter", path))
+        return layer
+
     def rate_factor(self, name: str) -> float:
-        """Return LoRA+'s ratio of B's rate to A's (arXiv 2402.12354)."""
+        """Return LoRA+'s ratio of B's rate to A's (arXiv 2402.12354); an embedding's factors have one rate."""
         return self.plus_ratio if name.endswith(".lora_B") else 1.0
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -260,7 +313,10 @@ class Lora(Method):
             "alpha_pattern": {key: _lora_config.whole(alpha * raised) for key, alpha in alphas.items()},
             "layers_to_transform": None,  # target_modules names exactly the adapted layers
             "layers_pattern": None,
-            "modules_to_save": list(self.whole) if self.train_also else None,
+            "modules_to_save": [path for path in self.whole if path not in self.rows]
+            if self.train_also
+            else None,
+            **({"trainable_token_indices": _lora_rows.on_disk(self.rows)} if self.rows else {}),
         }
 
     @classmethod
@@ -278,8 +334,13 @@ class Lora(Method):
         """Return the method that an adapter_config.json describes, but for `changes`."""
         method = cls(**cls.disk_settings(config, where) | changes)
         method.layer_names = _lora_config.layer_names(config)
+        method.row_ids = config.get("trainable_token_indices") or []
         method.strict = False
         return method
+
+
+def _remedy(path: str) -> str:
+    return f"(take {path} out of adapter.targets, or remove the key)"
 
 
 METHOD = Lora

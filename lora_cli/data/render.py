@@ -63,16 +63,22 @@ class Rendered:
 
 
 class Renderer:
-    """Renders rows by one tokenizer and template; `train_on` is assistant or all."""
+    """Renders rows by one tokenizer and template; `train_on` is assistant or all.
 
-    def __init__(self, tokenizer: Any, template: str, train_on: str) -> None:
+    `spelled` are control tokens that a message may hold, unless they begin, end or pad a text or end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, train_on: str, spelled: Sequence[str] = ()) -> None:
         assert template in ("model", "plain"), template
         assert train_on in ("assistant", "all"), train_on
         self._tokenizer = tokenizer
         self._train_all = train_on == "all"
         self._end = tokenizer.eos_token
         self._terminators = find_terminators(tokenizer) if template == "model" else None
-        self.controls = special_tokens(tokenizer)
+        kept = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+        self.controls = {
+            text: i for text, i in special_tokens(tokenizer).items() if text in kept or text not in spelled
+        }
         if self._terminators is not None:
             for text in (self._terminators.last, self._terminators.middle):
                 if text is not None:

@@ -43,6 +43,12 @@ class AdaptedModel:
         """Where the model computes."""
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base is stored and computes in; an adapted embedding comes first, with trained float32 weights."""
+        frozen = (weight.dtype for weight in self.model.parameters() if not weight.requires_grad)
+        return next(frozen, self.model.dtype)
+
     def trained_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) that predict each trained token, and those tokens (N,)."""
         targets = batch.labels[:, 1:]

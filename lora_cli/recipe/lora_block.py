@@ -12,6 +12,7 @@ from lora_cli.recipe.section import Conflict, PositiveInt, Section, regex_fault
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Alpha = Annotated[float, Field(gt=0, le=1_000_000)]
+Token = Annotated[str, Field(min_length=1, max_length=200)]
 LayerIndex = Annotated[int, Field(ge=0, le=9999)]
 
 _LAYERS = re.compile(r"all|(first|last) [1-9]\d{0,3}|\d{1,4}-\d{1,4}")
@@ -39,7 +40,8 @@ class LoraAdapter(Section):
     targets: str | list[str] = "all-linear"
     """Layers that get an adapter: `all-linear` (all linear layers but the output head; experts held in 3-D tensors are
     none), `attention`, `mlp`, a list of module names (`[q_proj, v_proj]`, matched at the end of the path), or a regular
-    expression that matches the whole path."""
+    expression that matches the whole path. The last two may name embeddings (`[q_proj, embed_tokens]`); an output head
+    that shares the embedding's weight keeps the base's."""
     layers: str | list[LayerIndex] = "all"
     """Decoder layers whose targets get an adapter, counted from 0: `all`, `first 8`, `last 8`, a range `4-11` (both
     ends included), or a list `[0, 1, 15]`. Anything but all leaves out targets outside the layers, such as lm_head."""
@@ -56,7 +58,8 @@ class LoraAdapter(Section):
     factors; the base itself stays as it is, and the adapter is written as plain LoRA of twice the rank, of the rank
     itself with freeze_a. eva (arXiv 2410.07170): A at the directions in which the layer's inputs vary most over the
     training rows, B zero, and the ranks shared out anew. loftq (arXiv 2310.08659): B A is what a quantized base lacks
-    of the full weight, as far as the rank goes; it stays part of the adapter, which then fits only that base."""
+    of the full weight, as far as the rank goes; it stays part of the adapter, which then fits only that base. An
+    embedding always starts with A zero and B normal, and has no dropout."""
     eva_rho: Annotated[float, Field(ge=1.0, le=64.0)] = 2.0
     """With init eva, the most that a layer's rank may grow: the sum of all ranks stays, a layer whose inputs vary in
     more directions gets up to so many times its own, another less, or none. 1.0: all keep theirs."""
@@ -77,6 +80,12 @@ class LoraAdapter(Section):
     init_from: str | None = None
     """Start from an adapter that exists, a PEFT folder or a run's folder. It settles rank, alpha, targets, layers,
     scaling, the patterns, bias and train_also; a key written here besides must agree. null: a new adapter."""
+    train_tokens: list[Token] = Field(default=[])
+    """Tokens of the tokenizer whose rows of the embedding and of the output head are trained, and no other rows:
+    `["<tool>", "<|reserved_special_token_0|>"]`. Where they are control tokens, messages may spell them out."""
+    add_tokens: list[Token] = Field(default=[])
+    """New tokens: added to the tokenizer, which is written with the adapter, and trained like train_tokens. Their rows
+    start at the mean of the embedding, which grows where it has no rows to spare."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield every broken rule that joins keys of this block, and every expression that does not compile."""
@@ -105,6 +114,7 @@ class LoraAdapter(Section):
                 "found modules, but adapter.bias all trains parts of them already (use bias adapter or none)"
             )
             yield Conflict("adapter.train_also", message, reads=("adapter.bias",))
+        yield from self._token_conflicts()
         if self.freeze_a and self.plus_ratio != 1.0:
             message = (
                 f"found {self.plus_ratio}, but A has no learning rate (set train.learning_rate, which is B's)"
@@ -133,6 +143,19 @@ class LoraAdapter(Section):
                 " not need (use auto or dequantized)"
             )
             yield Conflict("export.merge_base", message, ("adapter.init", "adapter.method", "model.quantize"))
+
+    def _token_conflicts(self) -> Iterator[Conflict]:
+        """Yield tokens that are named twice, or beside an adapter that a run starts from."""
+        for name in ("train_tokens", "add_tokens"):
+            tokens = getattr(self, name)
+            for token in sorted({token for token in tokens if tokens.count(token) > 1}):
+                yield Conflict(f"adapter.{name}", f"found {token!r} twice")
+            if tokens and self.init_from is not None:
+                message = f"found {tokens[0]!r} beside adapter.init_from (merge that adapter, and train on the result)"
+                yield Conflict(f"adapter.{name}", message, reads=("adapter.init_from",))
+        for token in sorted({*self.train_tokens} & {*self.add_tokens}):
+            message = f"found {token!r}, which is in adapter.train_tokens too (new tokens are trained anyway)"
+            yield Conflict("adapter.add_tokens", message, reads=("adapter.train_tokens",))
 
 
 class QloraAdapter(LoraAdapter):

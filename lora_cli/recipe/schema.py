@@ -287,6 +287,11 @@ class Recipe(Section):
             return self.model.quantize
         return "nf4" if isinstance(self.adapter, QloraAdapter) else "none"
 
+    def chosen_tokens(self) -> tuple[list[str], list[str]]:
+        """Return the tokens whose rows are trained alone: those of the tokenizer, and new ones."""
+        block = self.adapter
+        return (block.train_tokens, block.add_tokens) if isinstance(block, LoraAdapter) else ([], [])
+
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain YAML values with every default written out."""
         return self.model_dump(mode="json")

@@ -44,6 +44,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "adapter.alpha": ("lora_alpha",),
     "adapter.dropout": ("lora_dropout",),
     "adapter.train_also": ("modules_to_save", "lora_modules_to_save", "additional_target", "unfrozen_parameters"),
+    "adapter.train_tokens": ("trainable_token_indices", "trainable_tokens"),
+    "adapter.add_tokens": ("tokens", "new_tokens", "new_special_tokens", "additional_special_tokens", "added_tokens"),
     "adapter.init": (
         "init_lora_weights", "peft_init_lora_weights", "init_method", "eva_config", "loftq_config",
     ),

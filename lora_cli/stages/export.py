@@ -59,6 +59,7 @@ def run(
     card: str,
     facts: Mapping[str, str],
     settings: Export,
+    tokenizer: Any | None = None,
     sample: Sequence[Example] = (),
     merge_with: str = "lora-merge TARGET --output DIR",
     log: Callable[[str], None],
@@ -67,9 +68,9 @@ def run(
 
     A method that a format cannot hold is written as one that it can, and how far that is from it is logged and said in
     the model card, as is a note of the method's own. `card` is the model card's text, `facts` join the manifest. The
-    tokenizer's files come from `base`, byte for byte. On the rows of `sample` it is measured what a quantized base is
-    best merged into. Those figures are returned as `merge_base`, those of a portable adapter as `portable_update`;
-    `merge_with` is the command to use where it is refused.
+    tokenizer's files come from `base`, byte for byte, unless a `tokenizer` that knows more tokens is given. On the rows
+    of `sample` it is measured what a quantized base is best merged into. Those figures are returned as `merge_base`,
+    those of a portable adapter as `portable_update`; `merge_with` is the command to use where it is refused.
 
     Raises:
         InputError: a target exists, or a portable adapter cannot hold what was trained.
@@ -90,15 +91,17 @@ def run(
                 _peft.write(staging, written, base_name=base_name, revision=revision)
                 difference, from_live = _reload_adapter(staging, model, written)
                 notes = [method.note()] if method.note() else []
+                notes += [_new_tokens(model)] if tokenizer is not None else []
                 if errors:
-                    notes += _lossy.describe(form, written, errors, from_live, model.model.dtype)
+                    notes += _lossy.describe(form, written, errors, from_live, model.dtype)
                 if form == "portable":
                     rank = written.disk_config()["r"]
                     differences["portable_update"] = _lossy.figures(rank, errors, from_live)
-            _check(form, difference, model.model.dtype)
+            _check(form, difference, model.dtype)
             for note in notes:
                 log(f"export: {note}")
-            _add_companions(staging, base, stop_ids, "\n\n".join([card, *notes]).rstrip("\n") + "\n")
+            whole_card = "\n\n".join([card, *notes]).rstrip("\n") + "\n"
+            _add_companions(staging, base, tokenizer, stop_ids, whole_card)
         differences[form] = difference
         log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
     return differences
@@ -151,6 +154,16 @@ def _check(form: str, difference: float, dtype: torch.dtype) -> None:
         )
 
 
+def _new_tokens(model: AdaptedModel) -> str:
+    """Say what a reader other than ours must do before it loads an adapter with tokens that the base lacks."""
+    embedding: Any = model.model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    rows = embedding.weight.shape[0]
+    return (
+        "The tokenizer beside this adapter has tokens that the base's has not. For PEFT, load it from here and call"
+        f" `model.resize_token_embeddings({rows})` on the base before it loads the adapter."
+    )
+
+
 @torch.no_grad()
 def sample_logits(model: PreTrainedModel) -> Tensor:
     """Return the logits (2, 32, V) float32 of two fixed rows of tokens drawn from the whole vocabulary."""
@@ -188,17 +201,19 @@ def _write_merged(
 ) -> float:
     """Write the merged model, read it back, return its largest logit difference to the live merged model."""
     live = sample_logits(model.model)
-    _untie_adapted_embeddings(model)
+    shared = _tied(model.model)
     with _merge_base.merged(model):
         merged = sample_logits(model.model)
         with _unwrapped(model), _plain_generation(model.model):
+            if shared and not _tied(model.model):
+                model.model.config.tie_word_embeddings = False
             model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     # Another exact attention rounds differently in bfloat16; it is the weights that are compared here.
     attention = model.model.config._attn_implementation
-    reread = load_model(folder, dtype=model.model.dtype, device=model.device, attention=attention)
+    reread = load_model(folder, dtype=model.dtype, device=model.device, attention=attention)
     if model.layers:
         rounding = float((merged - live).abs().max())
-        log(f"merge: rounding the update into {model.model.dtype} moves a logit by at most {rounding:.1e}")
+        log(f"merge: rounding the update into {model.dtype} moves a logit by at most {rounding:.1e}")
     return float((sample_logits(reread) - merged).abs().max())
 
 
@@ -215,17 +230,11 @@ def _unwrapped(model: AdaptedModel) -> Iterator[None]:
             replace_module(model.model, path, layer)
 
 
-def _untie_adapted_embeddings(model: AdaptedModel) -> None:
-    """Give an adapted or separately trained output head weights of its own where it shares the input embedding's."""
-    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
-    shared = _original_weight(embedding)
-    if head is None or _original_weight(head) is not shared:
-        return
-    if isinstance(head, AdapterLinear):
-        head.base.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
-    # Merging a TrainedModule parts them.
-    if isinstance(head, AdapterLinear) or head.weight is not embedding.weight:
-        model.model.config.tie_word_embeddings = False
+def _tied(model: PreTrainedModel) -> bool:
+    """Say whether head and input embedding have one weight: merging parts them where only one of them was trained."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    weights = [_original_weight(module) for module in (embedding, head) if module is not None]
+    return len(weights) == 2 and (weights[0] is weights[1] or torch.equal(*weights))
 
 
 def _original_weight(module: nn.Module) -> Any:
@@ -242,8 +251,12 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _add_companions(folder: Path, base: Path, stop_ids: Sequence[int], card: str) -> None:
-    for name in _TOKENIZER_FILES:
+def _add_companions(
+    folder: Path, base: Path, tokenizer: Any | None, stop_ids: Sequence[int], card: str
+) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name in _TOKENIZER_FILES if tokenizer is None else ():
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     # Its other settings stay as they are: transformers reads some that it refuses to write.

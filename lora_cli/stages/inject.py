@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import Method, Start
+from lora_cli.data.chosen_tokens import token_ids
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, fastest_attention, load_model
@@ -22,7 +24,7 @@ from lora_cli.runtime.dist import Runtime
 from lora_cli.stages._start_source import StartSource
 from lora_cli.types import Prepared
 
-_POSITION_TABLE = re.compile(r"(wpe|embed_positions|position_embeddings?)$")
+_POSITION_TABLE = re.compile(r"(wpe|embed_positions|position_embeddings?)(\.base)?$")
 
 
 def run(
@@ -55,12 +57,12 @@ def run(
     model = load_model(
         folder, dtype=DTYPES[dtype], device=rt.device, attention=attention, quantization=quantization
     )
-    check_rows_fit(model, prepared, max_generated=max_generated)
     experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
     packed = quantized_layers(model)
     in_packed = sum(layer.in_features * layer.out_features for layer in packed.values())
     total = in_packed + sum(parameter.numel() for parameter in model.parameters())
     method = start.build(adapter, seed) if start else adapters.build(adapter, seed)
+    method.learn_tokens(partial(token_ids, prepared.tokenizer))
     method.plan(total_steps)
     if start:
         log(start.inject(method, adapter, model))
@@ -70,6 +72,8 @@ def run(
             log(line)
         method.inject(model)
     layers = method.layers
+    # Only now, since new tokens may have made the embedding grow.
+    check_rows_fit(model, prepared, max_generated=max_generated)
     _check_forward(model)
     trainable = method.trainable(model)
     # With no adapter to switch off, the base survives only as a copy of the weights that will change.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -60,10 +60,12 @@ def run(
     log: Callable[[str], None],
     *,
     need_train: bool = True,
+    spelled: Sequence[str] = (),
 ) -> Prepared:
     """Prepare the recipe's splits; without `need_train` only the held-out one.
 
-    `tokenizer` is a transformers fast tokenizer, left as it is; `log` receives one line per split.
+    `tokenizer` is a transformers fast tokenizer, left as it is; `log` receives one line per split. `spelled` are
+    control tokens that a message may hold; other ones in it are ordinary text.
 
     Raises:
         InputError: if a split that is needed is not set, cannot be read, has bad rows, or none to train on.
@@ -74,7 +76,7 @@ def run(
     templated = any(job.format != "text" for job in jobs)
     template = choose_template(tokenizer, data.template) if templated else "plain"
     pad_id, stop_ids = settle_special_tokens(tokenizer, template)
-    worker = _Worker(data, train_on, tokenizer, template)
+    worker = _Worker(data, train_on, tokenizer, template, tuple(spelled))
     folders = {job.split: worker.folder(job) for job in jobs}
 
     def build() -> None:
@@ -130,6 +132,7 @@ class _Worker:
     train_on: str
     tokenizer: Any
     template: str
+    spelled: tuple[str, ...]
     _tokenizer_parts: dict[str, str] = field(default_factory=dict)
     _names: dict[Split, str] = field(default_factory=dict)
     _tools: tuple[Renderer, Encoder] | None = None
@@ -149,6 +152,7 @@ class _Worker:
                     "data": _content(job.source),
                     "format": f"{job.format} {self.data.fields!r}",
                     "template": f"{self.template} {self.train_on}",
+                    "spelled": repr(sorted(self.spelled)),
                     "length": f"{self.data.max_length} {self.data.overlong}",
                     "rows": repr(job.max_rows),
                 }
@@ -188,7 +192,7 @@ class _Worker:
 
     def _examples(self, job: _Job, faults: Faults) -> Iterator[tuple[RawRow, Example]]:
         if self._tools is None:  # half a second for a large vocabulary, so only where rows must be tokenized
-            renderer = Renderer(self.tokenizer, self.template, self.train_on)
+            renderer = Renderer(self.tokenizer, self.template, self.train_on, self.spelled)
             self._tools = renderer, Encoder(self.tokenizer, renderer.controls)
         renderer, encoder = self._tools
         for pairs in _chunks(islice(job.source.rows(faults), job.max_rows), job.read, faults):

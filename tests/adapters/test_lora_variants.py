@@ -52,7 +52,9 @@ def test_peft_reads_ours_and_we_read_it_back(name: str, architecture: str, tmp_p
     _peft.write(tmp_path, method, base_name="base", revision=None)
     loaded = peft.PeftModel.from_pretrained(make_model(architecture), tmp_path).eval()
     assert difference(loaded, model) <= 1e-5
-    assert set(peft.get_peft_model_state_dict(loaded)) == set(load_file(tmp_path / _peft.TENSOR_FILE))
+    # PEFT adds the base's own table where an embedding is adapted, which we leave out.
+    theirs = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    assert set(theirs) == set(load_file(tmp_path / _peft.TENSOR_FILE))
     loaded.save_pretrained(tmp_path / "again")  # PEFT sorts what it writes
     for folder in (tmp_path, tmp_path / "again"):
         again = make_model(architecture)
@@ -73,6 +75,7 @@ def test_ours_reads_pefts(name: str, architecture: str, tmp_path: Path) -> None:
     assert difference(model, live) <= 1e-5
     assert difference(model, make_model(architecture)) > 0.01
     tensors = load_file(tmp_path / _peft.TENSOR_FILE)
+    tensors = {key: value for key, value in tensors.items() if not key.endswith("base_layer.weight")}
     mine = _peft.places(ours(name, architecture)[1])
     assert {key: value.shape for key, value in mine.items()} == {k: v.shape for k, v in tensors.items()}
 
