@@ -52,6 +52,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_LLAMA, **_HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "decoder_sparse_step": 1, "mlp_only_layers": [],
     },
+    # A router that is a linear layer by its class and returns a pair; an expert that all tokens share
+    "llama4_text": {
+        **_LLAMA, **_HEADS, "num_local_experts": 2, "intermediate_size_mlp": 48, "num_experts_per_tok": 1,
+    },
+    # A linear layer of a class of its own
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
     # No attention at all: a state space
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "tie_word_embeddings": True},
 }  # fmt: skip

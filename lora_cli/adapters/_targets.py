@@ -18,7 +18,7 @@ BaseLinear = nn.Linear | Conv1D | QuantizedLinear
 
 # Path components that name a block of each kind, in the transformers model code of the decoder families.
 GROUPS = {
-    "attention": {"self_attn", "attn", "attention", "self_attention"},
+    "attention": {"self_attn", "attn", "attention", "self_attention", "linear_attn"},
     "mlp": {"mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1", "fc2"},
 }
 
@@ -28,7 +28,15 @@ ALONE = ("all-linear", *GROUPS)
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every linear layer of the model by its path, in the model's order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, BASE_LINEARS)}
+    return {path: module for path, module in model.named_modules() if _is_linear(module)}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Say whether a module computes what a linear layer does: subclasses route tokens, or work in groups."""
+    if not isinstance(module, BASE_LINEARS):
+        return False
+    plain = any(type(module).forward is kind.forward for kind in BASE_LINEARS)
+    return plain or type(module).__name__ == "FalconLinear"  # whose own forward differs in rounding alone
 
 
 def expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -95,7 +103,7 @@ def _non_empty(
             " get no adapter: leave them out, or train them themselves with adapter.method full and parameters"
             " '.*experts.*'"
         )
-    elif near := difflib.get_close_matches(target, names if listed else [*ALONE, *names], n=1):
+    elif near := difflib.get_close_matches(target, names if listed else {*ALONE, *names} - {target}, n=1):
         hint = f"did you mean {near[0]}?"
     else:
         hint = f"its linear layers are named {', '.join(names) or 'nothing'}"
