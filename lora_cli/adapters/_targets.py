@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -20,14 +19,34 @@ BaseLinear = nn.Linear | Conv1D | QuantizedLinear
 
 # Path components that name a block of each kind, in the transformers model code of the decoder families.
 GROUPS = {
-    "attention": {"self_attn", "attn", "attention", "self_attention"},
+    "attention": {"self_attn", "attn", "attention", "self_attention", "linear_attn"},
     "mlp": {"mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1", "fc2"},
 }
+
+ALONE = ("all-linear", *GROUPS)
+"""Names of targets that stand alone."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every linear layer of the model by its path, in the model's order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, BASE_LINEARS)}
+    return {path: module for path, module in model.named_modules() if _is_linear(module)}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Say whether a module computes what a linear layer does: subclasses route tokens, or work in groups."""
+    if not isinstance(module, BASE_LINEARS):
+        return False
+    plain = any(type(module).forward is kind.forward for kind in BASE_LINEARS)
+    return plain or type(module).__name__ == "FalconLinear"  # whose own forward differs in rounding alone
+
+
+def expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that hold the weights of several experts, (experts, out, in), by their whole names."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "experts" in name.split(".")
+    }
 
 
 def is_lookup(module: nn.Module) -> bool:
@@ -71,26 +90,26 @@ def match_targets(
     named = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, BASE_LINEARS) or (embeddings and is_lookup(module))
+        if path in linears or (embeddings and is_lookup(module))
     }
     if targets == "all-linear":
-        return _non_empty(inner, "all-linear", linears, where)
+        return _non_empty(inner, "all-linear", model, where)
     if isinstance(targets, list):
         chosen: set[str] = set()
         for target in targets:
             found = [path for path in named if path == target or path.endswith(f".{target}")]
             if not found:
                 _refuse_embedding(model, target, where, embeddings=embeddings)
-            chosen.update(_non_empty(found, target, linears, where))
+            chosen.update(_non_empty(found, target, model, where, listed=True))
         return [path for path in named if path in chosen]
     if targets in GROUPS:
         found = [path for path in inner if GROUPS[targets] & set(path.split("."))]
-        return _non_empty(found, targets, linears, where)
+        return _non_empty(found, targets, model, where)
     try:
         pattern = re.compile(targets)
     except re.error as error:
         raise InputError(f"{where}: {targets!r} is not a regular expression ({error})") from error
-    return _non_empty([path for path in named if pattern.fullmatch(path)], targets, linears, where)
+    return _non_empty([path for path in named if pattern.fullmatch(path)], targets, model, where)
 
 
 def short_names(model: PreTrainedModel, paths: list[str], *, embeddings: bool = False) -> list[str]:
@@ -119,12 +138,25 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def _non_empty(paths: list[str], target: str, linears: Mapping[str, nn.Module], where: str) -> list[str]:
+def _non_empty(
+    paths: list[str], target: str, model: nn.Module, where: str, *, listed: bool = False
+) -> list[str]:
     if paths:
         return paths
-    names = sorted({path.rpartition(".")[2] for path in linears})
-    near = difflib.get_close_matches(target, names, n=1)
-    hint = (
-        f"did you mean {near[0]}?" if near else f"its linear layers are named {', '.join(names) or 'nothing'}"
-    )
+    names = sorted({path.rpartition(".")[2] for path in linear_layers(model)})
+    words = re.split(r"[\s,|]+", target.strip("()"))
+    if listed and target in ALONE:
+        hint = f"write targets: {target}, alone and not in a list, which is of module names"
+    elif not listed and set(words) <= set(names):
+        hint = f"as a text it is a pattern for the whole path; write [{', '.join(words)}] for module names"
+    elif experts := sorted({name.rpartition(".")[2] for name in expert_tensors(model)}):
+        hint = (
+            f"its linear layers are named {', '.join(names)}; its experts are 3-D tensors, {', '.join(experts)}, which"
+            " get no adapter: leave them out, or train them themselves with adapter.method full and parameters"
+            " '.*experts.*'"
+        )
+    elif near := difflib.get_close_matches(target, names if listed else {*ALONE, *names} - {target}, n=1):
+        hint = f"did you mean {near[0]}?"
+    else:
+        hint = f"its linear layers are named {', '.join(names) or 'nothing'}"
     raise InputError(f"{where}: {target!r} matches no linear layer of the model ({hint})")

@@ -68,5 +68,7 @@ def format_conflicts(formats: Sequence[str], adapter: Adapter) -> Iterator[Confl
             yield Conflict("export.formats", message, reads=("adapter.train_also",))
         for key in ("train_tokens", "add_tokens"):
             if tokens := getattr(adapter, key):
-                message = f"found portable, which holds no single rows, but adapter.{key} trains {tokens[0]!r}"
+                message = (
+                    f"found portable, which holds no single rows, but adapter.{key} trains {tokens[0]!r}"
+                )
                 yield Conflict("export.formats", f"{message} (use merged)", reads=(f"adapter.{key}",))

@@ -27,6 +27,7 @@ MAY_CHANGE = {
     "train.eval_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "adapter.export_rank",
     "run.output",
     "run.device",
 }
@@ -70,9 +71,11 @@ def find_finished(
         return summary
     if resume:
         return None
+    other_run = any(map(changes_training, changes)) or any(line.endswith("content") for line in differences)
+    goes_on = "" if other_run else "--resume goes on from its last checkpoint, "
     raise InputError(
         f"{folder.path}: holds a finished run that differs: {'; '.join(differences)}"
-        " (--resume goes on from its last checkpoint, --overwrite trains it again, or choose another run.output)"
+        f" ({goes_on}--overwrite trains it again, or choose another run.output)"
     )
 
 
@@ -121,13 +124,12 @@ def begin(
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return key -> `before -> now` for every key in which two resolved recipes differ."""
+    """Return key -> `before -> now` for every key where two resolved recipes differ; of two methods the names alone."""
     old, new = _flat(before), _flat(now)
-    return {
-        key: f"{old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    }
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if "adapter.method" in changed:
+        changed = [key for key in changed if key == "adapter.method" or not key.startswith("adapter.")]
+    return {key: f"{old.get(key)!r} -> {new.get(key)!r}" for key in changed}
 
 
 def changes_training(key: str) -> bool:

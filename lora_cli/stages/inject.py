@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import Method, Start
+from lora_cli.adapters._targets import expert_tensors
 from lora_cli.data.chosen_tokens import token_ids
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
@@ -23,6 +24,9 @@ from lora_cli.recipe.schema import Adapter
 from lora_cli.runtime.dist import Runtime
 from lora_cli.stages._start_source import StartSource
 from lora_cli.types import Prepared
+
+_NAMES_OF_EXPERTS = frozenset(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
+"""Layers of experts as they were called before a mixture held them in 3-D tensors; dense layers still are."""
 
 _POSITION_TABLE = re.compile(r"(wpe|embed_positions|position_embeddings?)(\.base)?$")
 
@@ -57,7 +61,7 @@ def run(
     model = load_model(
         folder, dtype=DTYPES[dtype], device=rt.device, attention=attention, quantization=quantization
     )
-    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    experts = sum(parameter.numel() for parameter in expert_tensors(model).values())
     packed = quantized_layers(model)
     in_packed = sum(layer.in_features * layer.out_features for layer in packed.values())
     total = in_packed + sum(parameter.numel() for parameter in model.parameters())
@@ -94,6 +98,12 @@ def run(
     )
     if layers and experts:
         log(f"model: {experts:,} of its parameters are experts held in 3-D tensors; they get no adapter")
+        alike = sorted({path.rpartition(".")[2] for path in layers} & _NAMES_OF_EXPERTS)
+        if alike and method.peft_type not in ("ADALORA", "VERA"):
+            log(
+                f"model: on some mixtures PEFT 0.21 takes {', '.join(alike)} for names of the experts, and opens the"
+                " adapter without these layers (export merged besides, or choose targets: attention)"
+            )
     return AdaptedModel(model, method.placed(), frozen_copy), method
 
 
@@ -134,13 +144,15 @@ def _learned_positions(model: PreTrainedModel) -> int | None:
 
 @torch.no_grad()
 def _check_forward(model: PreTrainedModel) -> None:
-    """Run two tokens through the injected model.
+    """Run two tokens through the injected model, as in evaluation and as in training: the code may differ.
 
     Raises:
         InputError: the model's code reaches past a wrapped layer into its weight, so an adapter would do nothing.
     """
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+        for training in (True, False):
+            model.train(training)(input_ids=ids, use_cache=False)
     except AttributeError as error:
         raise InputError(
             f"adapter.targets: this model's code does not call one of the layers but reads its parts ({error});"
