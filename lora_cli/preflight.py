@@ -267,6 +267,8 @@ def _check_exported(target: Path, recipe: Recipe) -> str:
             f"{target}: only a merged model was kept, in which the update cannot be told from what quantizing the base"
             " changed (train with export.formats: [peft, merged])"
         )
+    if (place := recipe.at("model.dtype")).startswith("override "):
+        raise InputError(f"{place}: has no effect, weights are compared in the type of {folder} (leave it out)")
     return f"{folder}: {check_model_folder(folder).summary}"
 
 
