@@ -268,7 +268,9 @@ def _check_exported(target: Path, recipe: Recipe) -> str:
             " changed (train with export.formats: [peft, merged])"
         )
     if (place := recipe.at("model.dtype")).startswith("override "):
-        raise InputError(f"{place}: has no effect, weights are compared in the type of {folder} (leave it out)")
+        raise InputError(
+            f"{place}: has no effect, weights are compared in the type of {folder} (leave it out)"
+        )
     return f"{folder}: {check_model_folder(folder).summary}"
 
 

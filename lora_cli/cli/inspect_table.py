@@ -35,9 +35,7 @@ def lines(found: Mapping[str, Any], *, every: bool, encoding: str) -> list[str]:
 def _headline(found: Mapping[str, Any]) -> str:
     modules = found["modules"]
     count = f"{len(modules)} modules" + (f" and {len(found['whole'])} tensors" if found["whole"] else "")
-    return (
-        f"{found['method']}{_ranks(modules)} on {found['base']}: {count}, {found['parameters']:,} parameters"
-    )
+    return f"{found['method']}{_ranks(modules)}: {count}, {found['parameters']:,} parameters"
 
 
 def _ranks(modules: Sequence[Mapping[str, Any]]) -> str:
