@@ -148,11 +148,8 @@ def _conclusion(found: Mapping[str, Any]) -> list[str]:
     if "zero" in verdicts:
         text.append("zero: no update at all; the adapter does nothing there.")
     if found["suggestion"]:
-        ((key, value),) = found["suggestion"].items()
-        told = (
-            value if isinstance(value, int) else "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
-        )
-        text.append(f"Suggested in the recipe's adapter block:  {key}: {told}")
+        text.append("Suggested in the recipe's adapter block (alpha / rank stays):")
+        text += [f"  {key}: {_yaml(value)}" for key, value in found["suggestion"].items()]
     elif verdicts - {"zero"}:
         text.append("Suggested: no other rank; no kind of module is clearly wasted or short.")
     return text
@@ -209,6 +206,12 @@ def _means(values: Sequence[float], most: int) -> list[float]:
 
 def _has_rank(found: Mapping[str, Any]) -> bool:
     return any(module["rank"] is not None for module in found["modules"])
+
+
+def _yaml(value: float | Mapping[str, float]) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {number}" for key, number in value.items()) + "}"
+    return str(value)
 
 
 def _span(values: Sequence[int]) -> str:

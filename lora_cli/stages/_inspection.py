@@ -51,6 +51,8 @@ class Module:
     """Of its adapter, frozen ones included; of its weight where that is trained itself."""
     rank: int | None
     """In the recipe's terms; None where the weight is trained itself."""
+    alpha: float | None
+    """In the recipe's terms; None where there is none, or where the rank is not chosen by module."""
     initial_rank: int | None
     """AdaLoRA: the rank before pruning."""
     update_rank: int
@@ -157,28 +159,33 @@ def suggest(
     kinds: Sequence[Mapping[str, Any]],
     modules: Sequence[Module],
     keys: Collection[str],
-    pattern: Mapping[str, int],
+    present: Mapping[str, Mapping[str, Any]],
+    power: float,
 ) -> dict[str, Any]:
     """Return keys of the recipe's adapter block with other ranks where a kind is clearly wasted or short, else nothing.
 
     `keys` are those of the block: with `rank_pattern` each kind gets its own rank, with `rank` alone all one, if all
-    are wasted or all are short. `pattern` is the present rank_pattern, of which stays what other kinds need.
+    are wasted or all are short. alpha is given besides so that an update keeps its scale, alpha / rank^`power`.
+    `present` are the patterns of the recipe, of which stays what other kinds need.
     """
     wanted = {kind["kind"]: kind["suggested_rank"] for kind in kinds if kind["suggested_rank"] is not None}
+    names = kind_names(module.path for module in modules)
+    verdicts = {kind["verdict"] for kind in kinds if kind["verdict"] != "zero"}
     if not wanted:
         return {}
     if "rank_pattern" in keys:
-        names = kind_names(module.path for module in modules)
-        others = [path for path, kind in names.items() if kind not in wanted]
-        kept = {
-            key: rank
-            for key, rank in pattern.items()
-            if any(re.match(rf"(.*\.)?({key})$", path) for path in others)
+        alphas = {
+            kind: _one([_alpha(module, rank, power) for module in modules if names[module.path] == kind])
+            for kind, rank in wanted.items()
         }
-        return {"rank_pattern": wanted | kept}
-    verdicts = {kind["verdict"] for kind in kinds if kind["verdict"] != "zero"}
+        others = [path for path, kind in names.items() if kind not in wanted]
+        told = {"rank_pattern": wanted, "alpha_pattern": {k: alpha for k, alpha in alphas.items() if alpha}}
+        patterns = {key: value | _needed(present.get(key, {}), others) for key, value in told.items()}
+        return {key: value for key, value in patterns.items() if value}
     if "rank" in keys and len(verdicts) == 1 and all(kind["kind"] in wanted for kind in kinds):
-        return {"rank": max(wanted.values())}
+        rank = max(wanted.values())
+        alpha = _one([_alpha(module, rank, power) for module in modules])
+        return {"rank": rank} | ({"alpha": alpha} if alpha else {})
     return {}
 
 
@@ -222,6 +229,28 @@ def _verdict(group: Sequence[Module]) -> tuple[str | None, int | None]:
 def _factor(module: Module) -> float:
     """Return what a rank of the update is in the recipe's terms."""
     return (module.rank or 0) / module.update_rank if module.update_rank else 0.0
+
+
+def _alpha(module: Module, rank: int, power: float) -> float | None:
+    """Return the alpha with which an update of another rank has the scale that it has now."""
+    if module.alpha is None or not module.rank:
+        return None
+    alpha = round(module.alpha * (rank / module.rank) ** power, 4)
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _one(values: Sequence[float | None]) -> float | None:
+    """Return the value that all are."""
+    return values[0] if len(set(values)) == 1 else None
+
+
+def _needed(pattern: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """Return the entries of a pattern that match one of `paths`, by the rule of `adapters/_lora_patterns.py`."""
+    return {
+        key: value
+        for key, value in pattern.items()
+        if any(re.match(rf"(.*\.)?({key})$", path) for path in paths)
+    }
 
 
 def _range(values: Sequence[float | None]) -> dict[str, float | None]:

@@ -8,6 +8,8 @@ a time. The rules of the verdicts stand in `_spectrum.py`, what follows for the 
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +18,10 @@ from transformers import PreTrainedModel
 
 from lora_cli.adapters import AdapterLinear, Method, method_class
 from lora_cli.adapters._lora_init import FROM_BASE
+from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.adapters._targets import linear_layers
 from lora_cli.adapters.adalora import AdaLora
+from lora_cli.adapters.lora import Lora
 from lora_cli.adapters.vera import Vera
 from lora_cli.errors import InputError
 from lora_cli.recipe.schema import Adapter, LoraAdapter, ReloraAdapter
@@ -46,7 +50,12 @@ def run(
         name = settings.method if settings else "full"
         modules, whole, unchanged = _compared(source, base)
     kinds = _inspection.by_kind(modules)
-    pattern = settings.rank_pattern if isinstance(settings, LoraAdapter) else {}
+    present: dict[str, Mapping[str, Any]] = (
+        {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
+        if isinstance(settings, LoraAdapter)
+        else {}
+    )
+    power = 0.5 if isinstance(source, Lora) and source.rslora else 1.0
     keys = inspect.signature(method_class(name)).parameters if isinstance(source, Method) else {}
     names = _inspection.kind_names(module.path for module in modules)
     return {
@@ -57,7 +66,7 @@ def run(
         "unchanged": unchanged,
         "kinds": kinds,
         "layers": _inspection.by_layer(modules),
-        "suggestion": _inspection.suggest(kinds, modules, keys, pattern),
+        "suggestion": _inspection.suggest(kinds, modules, keys, present, power),
     }
 
 
@@ -85,7 +94,8 @@ def _adapted(path: str, layer: AdapterLinear, method: Method, settings: Adapter 
     return Module(
         path, _inspection.layer_of(path), layer.out_features, layer.in_features,
         parameters=size * rank // stored if stored else size,
-        rank=rank, initial_rank=method.initial_rank if isinstance(method, AdaLora) else None, update_rank=capacity,
+        rank=rank, alpha=_alpha_in_recipe(layer, rank, method, settings),
+        initial_rank=method.initial_rank if isinstance(method, AdaLora) else None, update_rank=capacity,
         weight_norm=norms[0], update_norm=norms[1], relative_change=norms[2], update=update, low_rank=low_rank,
         verdict=verdict, suggested_rank=-(-suggested * rank // capacity) if suggested is not None else None,
     )  # fmt: skip
@@ -98,6 +108,16 @@ def _rank_in_recipe(stored: int, settings: Adapter | None) -> int:
     if isinstance(settings, LoraAdapter) and settings.init in FROM_BASE:
         return stored // 2
     return stored
+
+
+def _alpha_in_recipe(
+    layer: AdapterLinear, rank: int, method: Method, settings: Adapter | None
+) -> float | None:
+    if isinstance(settings, ReloraAdapter):
+        return settings.alpha
+    if not (isinstance(layer, LoraLinear) and isinstance(method, Lora)):
+        return None
+    return layer.scale * (math.sqrt(rank) if method.rslora else rank)
 
 
 @torch.no_grad()
@@ -149,9 +169,9 @@ def _trained(path: str, module: nn.Module, after: Tensor, before: Tensor) -> Mod
     outer, inner = after.shape if isinstance(module, nn.Linear) else after.shape[::-1]
     weight_norm, update_norm, change = _norms(before, update)
     return Module(
-        path, _inspection.layer_of(path), outer, inner, parameters=after.numel(), rank=None, initial_rank=None,
-        update_rank=min(outer, inner), weight_norm=weight_norm, update_norm=update_norm, relative_change=change,
-        update=update, low_rank=None, verdict=None, suggested_rank=None,
+        path, _inspection.layer_of(path), outer, inner, parameters=after.numel(), rank=None, alpha=None,
+        initial_rank=None, update_rank=min(outer, inner), weight_norm=weight_norm, update_norm=update_norm,
+        relative_change=change, update=update, low_rank=None, verdict=None, suggested_rank=None,
     )  # fmt: skip
 
 

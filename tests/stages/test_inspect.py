@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import Method
+from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.adapters.adalora import AdaLoraLinear
 from lora_cli.adapters.lora import Lora
 from lora_cli.adapters.relora import ReloraLinear
@@ -175,7 +176,7 @@ def test_of_an_adapter_that_peft_wrote_the_update_is_what_peft_merges(tmp_path: 
 
 def planted(ranks: dict[str, int], rank: int = 16, **options: Any) -> dict[str, Any]:
     """Return what is found of a LoRA whose kinds of modules have flat updates of these ranks."""
-    settings = LoraAdapter(rank=rank, alpha=float(rank), targets=sorted(ranks), **options)
+    settings = LoraAdapter(**{"rank": rank, "alpha": float(rank), "targets": sorted(ranks)} | options)
     model = make_model("llama")
     method = adapters.build(settings, seed=0)
     assert isinstance(method, Lora)
@@ -206,7 +207,10 @@ def test_an_update_of_rank_2_in_16_is_wasted_and_a_flat_one_short() -> None:
         "k_proj": "fits",
         "up_proj": "short",
     }
-    assert found["suggestion"] == {"rank_pattern": {"q_proj": 2, "up_proj": 32}}
+    assert found["suggestion"] == {
+        "rank_pattern": {"q_proj": 2, "up_proj": 32},
+        "alpha_pattern": {"q_proj": 2, "up_proj": 32},
+    }
     settings = LoraAdapter(targets=["q_proj", "k_proj", "up_proj"], **found["suggestion"])
     adapters.build(settings, seed=0).inject(make_model("llama"))
 
@@ -215,7 +219,20 @@ def test_the_suggestion_keeps_what_other_kinds_need_of_the_pattern() -> None:
     """A present rank_pattern is part of the line, but for entries that only meant the kinds that get another rank."""
     pattern = {r"0\..*q_proj": 16, "k_proj": 12}
     found = planted({"q_proj": 2, "k_proj": 8}, 16, rank_pattern=pattern)
-    assert found["suggestion"] == {"rank_pattern": {"q_proj": 2, "k_proj": 12}}
+    assert found["suggestion"]["rank_pattern"] == {"q_proj": 2, "k_proj": 12}
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_the_suggested_alpha_keeps_the_scale(scaling: str) -> None:
+    """A layer of the suggested rank and alpha multiplies B A by what the present one does, in rsLoRA too."""
+    found = planted({"q_proj": 2, "k_proj": 10}, alpha=24.0, scaling=scaling)
+    assert found["suggestion"]["rank_pattern"] == {"q_proj": 2}
+    alphas = [24.0, found["suggestion"]["alpha_pattern"]["q_proj"]]
+    before, after = (
+        LoraLinear(torch.nn.Linear(4, 4), rank=rank, alpha=alpha, rslora=scaling == "rslora").scale
+        for rank, alpha in zip((16, 2), alphas, strict=True)
+    )
+    assert after == pytest.approx(before, rel=1e-4)
 
 
 def test_where_nothing_is_clear_nothing_is_suggested() -> None:
@@ -228,8 +245,8 @@ def module(path: str, verdict: str | None, used: int, rank: int = 16) -> Module:
     spectrum = Spectrum.of([1.0] * used + [0.0] * (rank - used))
     suggested = {"wasted": used, "short": 2 * rank}.get(verdict or "")
     return Module(
-        path, _inspection.layer_of(path), 64, 64, 2048, rank, None, rank, 10.0, math.sqrt(used), 0.1 * math.sqrt(used),
-        spectrum, None, verdict, suggested,
+        path, _inspection.layer_of(path), 64, 64, 2048, rank, 32.0, None, rank,
+        10.0, math.sqrt(used), 0.1 * math.sqrt(used), spectrum, None, verdict, suggested,
     )  # fmt: skip
 
 
@@ -260,10 +277,10 @@ def test_methods_of_one_rank_get_one_rank_if_all_kinds_agree() -> None:
     wasted = [module("h.0.attn.q", "wasted", 2), module("h.0.mlp.up", "wasted", 5)]
     mixed = [*wasted, module("h.0.mlp.down", "short", 16)]
     suggested = [
-        _inspection.suggest(_inspection.by_kind(group), group, {"rank", "alpha"}, {})
+        _inspection.suggest(_inspection.by_kind(group), group, {"rank", "alpha"}, {}, 1.0)
         for group in (wasted, mixed)
     ]
-    assert suggested == [{"rank": 8}, {}]
+    assert suggested == [{"rank": 8, "alpha": 16}, {}]
 
 
 def test_kinds_of_one_name_are_told_apart_by_their_parents() -> None:
@@ -330,7 +347,7 @@ def test_biases_and_whole_modules_have_their_relative_change() -> None:
     """Each trained tensor is there once, tied ones too, with the change against the base's value."""
     settings = block("lora", train_also=["norm", "lm_head", "embed_tokens"], bias="adapter")
     model, method = adapted(settings, "qwen2")
-    base = dict(make_model("qwen2").named_parameters())
+    base = {name: parameter.detach() for name, parameter in make_model("qwen2").named_parameters()}
     found = inspect.run(method, model, settings)
     names = [tensor["name"] for tensor in found["whole"]]
     assert len(names) == len(set(names))

@@ -47,7 +47,8 @@ PAGE = {
     "layers",
 }
 MODULE = {
-    "path", "kind", "layer", "out_features", "in_features", "parameters", "rank", "initial_rank", "update_rank",
+    "path", "kind", "layer", "out_features", "in_features", "parameters", "rank", "alpha", "initial_rank",
+    "update_rank",
     "weight_norm", "update_norm", "relative_change", "update", "low_rank", "verdict", "suggested_rank",
 }  # fmt: skip
 KIND = {
@@ -273,7 +274,7 @@ def deep() -> dict[str, Any]:
             spectrum = Spectrum.of([0.9 ** (step * (1 + index)) for step in range(128)])
             modules.append(
                 Module(
-                    f"model.layers.{layer}.block_{index}.{name}", layer, 14336, 4096, 2_359_296, 128, None, 128,
+                    f"model.layers.{layer}.block_{index}.{name}", layer, 14336, 4096, 2_359_296, 128, 256.0, None, 128,
                     100.0, 12.0 + layer, 0.12 + layer / 100, spectrum, None, "wasted", spectrum.rank_99,
                 )
             )  # fmt: skip
@@ -285,7 +286,8 @@ def deep() -> dict[str, Any]:
     ]
     return {
         "method": "lora", "base": "some-owner/a-large-model", "parameters": 1, "modules": records, "whole": whole,
-        "unchanged": 3, "kinds": kinds, "layers": _inspection.by_layer(modules), "suggestion": {"rank": 64},
+        "unchanged": 3, "kinds": kinds, "layers": _inspection.by_layer(modules),
+        "suggestion": {"rank": 64, "alpha": 128},
     }  # fmt: skip
 
 
@@ -299,7 +301,7 @@ def test_a_deep_model_is_a_short_table() -> None:
     for lines in (short, every):
         assert max(map(len, lines)) <= inspect_table.WIDTH
     assert any("least" in line and "(layer 0)" in line and "(layer 23)" in line for line in short)
-    assert short[-1].endswith("rank: 64")
+    assert [line.strip() for line in short[-2:]] == ["rank: 64", "alpha: 128"]
 
 
 def test_pictures_are_ascii_where_the_terminal_is() -> None:
