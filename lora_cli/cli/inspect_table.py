@@ -142,9 +142,7 @@ def _conclusion(found: Mapping[str, Any]) -> list[str]:
     if "wasted" in verdicts:
         text.append("wasted: they are at most 0.4 of the rank; a smaller one would have held the update.")
     if "short" in verdicts:
-        text.append(
-            "short: the spectrum is flat to its end. Raise the rank once the loss has stopped falling."
-        )
+        text.append("short: the spectrum is flat to its end. Raise the rank if the loss has stopped falling.")
     if "zero" in verdicts:
         text.append("zero: no update at all; the adapter does nothing there.")
     if found["suggestion"]:

@@ -87,8 +87,10 @@ def _adapted(path: str, layer: AdapterLinear, method: Method, settings: Adapter 
     capacity = min(stored, narrow)
     values = (low_rank or update).singular_values
     verdict, suggested = _spectrum.judge(values, stored, narrow)
-    if isinstance(method, Vera) and verdict != "zero":
-        verdict, suggested = None, None  # its rank is one for the model, and costs next to nothing
+    # VeRA's rank is one for the model and costs next to nothing; AdaLoRA has cut the small directions off already, so
+    # that what is left is flat whatever the rank.
+    if isinstance(method, Vera | AdaLora) and verdict != "zero":
+        verdict, suggested = None, None
     size = sum(tensor.numel() for tensor in layer.disk_tensors().values())
     norms = _norms(weight, update)
     return Module(

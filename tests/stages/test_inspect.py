@@ -304,6 +304,7 @@ def test_adalora_says_the_rank_it_began_with_and_the_one_it_has() -> None:
     assert [one["rank"] for one in found["modules"]] == [index % 7 for index in range(len(found["modules"]))]
     assert {one["initial_rank"] for one in found["modules"]} == {6}
     assert (found["modules"][0]["verdict"], found["modules"][0]["update_norm"]) == ("zero", 0.0)
+    assert {one["verdict"] for one in found["modules"]} == {"zero", None}
     assert found["suggestion"] == {}
 
 
