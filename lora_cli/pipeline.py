@@ -3,6 +3,7 @@
     prepare -> inject -> train -> evaluate -> export        `train`, the whole job
     prepare -> inject ----------> evaluate                  `evaluate`
                inject ----------------------> export        `merge`
+               inject -> what was learned                   `inspect`
 
 Each stage is one file in `stages/` with one public `run`. Nothing is written before the data are prepared and the
 adapter is injected, so bad input leaves nothing behind.
@@ -33,6 +34,7 @@ from lora_cli.models.load import (
     load_tokenizer,
 )
 from lora_cli.models.nf4 import Quantization
+from lora_cli.models.safety import check_model_folder
 from lora_cli.models.weight_files import read_json
 from lora_cli.publish import MANIFEST
 from lora_cli.recipe.gates import Gate, check_gates
@@ -46,6 +48,7 @@ from lora_cli.runtime.resume import begin, find_finished, method_state
 from lora_cli.runtime.run_folder import EXPORTS, RunFolder
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import export, inject, prepare
+from lora_cli.stages import inspect as inspect_stage
 from lora_cli.stages import train as train_stage
 from lora_cli.types import Example, Examples, Prepared
 
@@ -188,15 +191,32 @@ def merge(
         return {"output": str(output), "max_logit_difference": differences.pop(form), **differences}
 
 
+def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return where the adaptation of a run, a PEFT folder or a model went, and whether its ranks fit."""
+    with _started(recipe) as (rt, log):
+        adapter, folder = _locate(target, recipe)
+        base = base_folder(recipe.model.base, recipe.model.revision)
+        settings = recipe.adapter if RunFolder(target).is_run() else None
+        source: Method | PreTrainedModel
+        if adapter is not None:
+            dtype, quantization = DTYPES[recipe.model.dtype], _quantization(recipe)
+            model = load_model(base, dtype=dtype, device=rt.device, quantization=quantization)
+            source = _load_adapter(adapter, base, model)
+        else:
+            # Both as the model's files have it: a base in float32 was rounded as well before a bfloat16 run.
+            dtype = DTYPES["bfloat16" if check_model_folder(folder).dtypes == ("BF16",) else "float32"]
+            model, source = (load_model(one, dtype=dtype, device=rt.device) for one in (base, folder))
+        log.line(f"inspecting {adapter or folder} on {recipe.model.base}")
+        found = inspect_stage.run(source, model, settings)
+        return {"target": str(target), "base": recipe.model.base, "quantize": recipe.quantization(), **found}
+
+
 def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
     """Return the adapter folder, if any, and the folder of the model it stands on."""
     if not target.is_dir():
         raise InputError(f"{target}: no such folder (give a run, a PEFT adapter or a model folder)")
     if RunFolder(target).is_run():
-        exported = [target / name for name in EXPORTS.values() if (target / name).is_dir()]
-        if not exported:
-            raise InputError(f"{target}: the run has exported nothing yet (finish it with --resume)")
-        target = exported[0]
+        target = RunFolder(target).exported()
     if (target / _peft.CONFIG_FILE).is_file():
         return target, base_folder(recipe.model.base, recipe.model.revision)
     return None, base_folder(str(target))

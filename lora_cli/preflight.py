@@ -14,12 +14,13 @@ from typing import Literal
 
 from lora_cli.errors import InputError
 from lora_cli.models.safety import TINY, check_model_folder
-from lora_cli.models.weight_files import read_json
+from lora_cli.models.weight_files import read_header, read_json
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime.run_folder import OURS, RunFolder
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
+_A = {"adapter": "an adapter", "model": "a model"}
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -60,6 +61,15 @@ def check_merge(target: Path, output: Path, recipe: Recipe) -> list[str]:
         lambda: _check_target(target, recipe),
         lambda: _check_new_folder(target, output, recipe),
     )
+
+
+def check_inspection(target: Path, recipe: Recipe) -> list[str]:
+    """Check a run, adapter or model that is to be inspected, and the base that it is compared with.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    return _run_all(lambda: _check_exported(target, recipe), lambda: _check_model(recipe))
 
 
 def kind_of(target: Path) -> Literal["run", "adapter", "model"]:
@@ -267,6 +277,28 @@ def _check_target(target: Path, recipe: Recipe) -> str:
     if kind == "adapter" and recipe.at("model.base") == "model.base":
         raise InputError(f"{target}: is an adapter without its run (say what it adapts: model.base=...)")
     return f"{target}: {'a run' if kind == 'run' else 'an adapter'}; {_check_model(recipe)}"
+
+
+def _check_exported(target: Path, recipe: Recipe) -> str:
+    """Check that the target holds an adapter whose files can be read, or a model that can be told from its base."""
+    kind = kind_of(target)
+    if kind != "run" and recipe.at("model.base") == "model.base":
+        raise InputError(f"{target}: is {_A[kind]} without its run (say what was trained: model.base=...)")
+    folder = RunFolder(target).exported() if kind == "run" else target
+    if (folder / "adapter_config.json").is_file():
+        read_json(folder / "adapter_config.json")
+        read_header(folder / "adapter_model.safetensors")
+        return f"{folder}: an adapter"
+    if recipe.quantization() != "none":
+        raise InputError(
+            f"{target}: only a merged model was kept, in which the update cannot be told from what quantizing the base"
+            " changed (train with export.formats: [peft, merged])"
+        )
+    if (place := recipe.at("model.dtype")).startswith("override "):
+        raise InputError(
+            f"{place}: has no effect, weights are compared in the type of {folder} (leave it out)"
+        )
+    return f"{folder}: {check_model_folder(folder).summary}"
 
 
 def _check_new_folder(target: Path, output: Path, recipe: Recipe) -> str:

@@ -96,6 +96,10 @@ class AdapterLinear(nn.Module, ABC):
         """
         return None
 
+    def bounded_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return A (R, in) and B (out, R) float32 of the part of the update that the rank bounds: mostly all of it."""
+        return self.plain_factors()
+
     def base_weight(self) -> Tensor:
         """Return the base's own weight as (out, in), in the base's dtype, without an update merged into it.
 

@@ -87,6 +87,11 @@ class DoraLinear(LoraLinear):
     def plain_factors(self) -> None:
         """Return nothing: the lengths act on the base's weight too, so the update has no low rank."""
 
+    def bounded_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) of m / ||W + s B A|| s B A; the rest of the update is a part of each row."""
+        length = (self.lora_magnitude_vector / self.row_norm()).detach()[:, None]
+        return self.lora_A.detach(), self.lora_B.detach() * (self.scale * length)
+
     def _row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield W in blocks of whole rows, float32."""
         weight = self.base_weight().detach()

@@ -55,6 +55,17 @@ class RunFolder:
         except (OSError, ValueError):
             return False
 
+    def exported(self) -> Path:
+        """Return the folder of the first format that the run has exported.
+
+        Raises:
+            InputError: there is none yet.
+        """
+        for name in EXPORTS.values():
+            if (self.path / name).is_dir():
+                return self.path / name
+        raise InputError(f"{self.path}: the run has exported nothing yet (finish it with --resume)")
+
     def begin(self, recipe_text: str, *, fresh: bool) -> None:
         """Make the folder and write the resolved recipe; with `fresh` remove what an earlier run wrote.
 
