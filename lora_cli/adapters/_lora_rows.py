@@ -81,6 +81,12 @@ class TrainedRows(TrainedModule):
         looked_up = looked_up if self.output_scale is None else looked_up * self.output_scale
         return torch.where((place < 0)[..., None], y, looked_up)
 
+    def base_tensor(self, name: str) -> Tensor:
+        """Return the base's rows (n, dim) that the trained ones stand in for."""
+        assert name == "trainable_tokens_delta"
+        rows: Tensor = self.base.get_parameter("weight")[self.ids]
+        return rows
+
     def disk_tensors(self) -> dict[str, Tensor]:
         """Return the rows (n, dim) by PEFT's name; of a module that follows another nothing is stored."""
         return {} if self.follows else {DISK_NAME: self.trainable_tokens_delta}

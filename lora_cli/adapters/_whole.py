@@ -57,6 +57,10 @@ class TrainedModule(nn.Module):
             return self.base(*args, **kwargs)
         return functional_call(self.base, self._cast(), args, kwargs)
 
+    def base_tensor(self, name: str) -> Tensor:
+        """Return what of the base a trained parameter stands in for."""
+        return self.base.get_parameter(name)
+
     def disk_tensors(self) -> dict[str, Tensor]:
         """Return the trained values by the names of the base's parameters."""
         return dict(self.named_parameters(recurse=False))

@@ -107,7 +107,7 @@ def _rank_in_recipe(stored: int, settings: Adapter | None) -> int:
     """Return the recipe's rank of a layer that stands on disk with rank `stored`."""
     if isinstance(settings, ReloraAdapter):
         return min(settings.rank, stored)
-    if isinstance(settings, LoraAdapter) and settings.init in FROM_BASE:
+    if isinstance(settings, LoraAdapter) and settings.init in FROM_BASE and not settings.freeze_a:
         return stored // 2
     return stored
 
@@ -132,7 +132,7 @@ def _trained_beside(method: Method) -> list[Whole]:
     for path, module in method.whole.items():
         for name, own in module.named_parameters(recurse=False):
             if id(own) not in found:
-                found[id(own)] = _whole(f"{path}.{name}", own, module.base.get_parameter(name))
+                found[id(own)] = _whole(f"{path}.{name}", own, module.base_tensor(name))
     return list(found.values())
 
 

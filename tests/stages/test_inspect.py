@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lora_variants import stir
+from lora_variants import ours, stir
 from pydantic import TypeAdapter
 from small import make_model
 from torch import Tensor
@@ -362,3 +362,23 @@ def test_biases_and_whole_modules_have_their_relative_change() -> None:
         )
     tied, method = adapted(block("lora", train_also=["lm_head"]), "llama")
     assert len(inspect.run(method, tied)["whole"]) == 1
+
+
+@torch.no_grad()
+def test_rows_of_tokens_and_an_adapted_embedding_are_measured() -> None:
+    """Rows trained alone are compared with the base's own rows, an embedding's update has the spectrum torch gives."""
+    model, method = ours("tokens", "qwen2")
+    start = {path: rows.base_tensor("trainable_tokens_delta").clone() for path, rows in method.whole.items()}
+    stir(method.trainable(model).values())
+    found = {one["name"]: one for one in inspect.run(method, model)["whole"]}
+    for path, before in start.items():
+        moved = method.whole[path].get_parameter("trainable_tokens_delta") - before
+        expected = float(moved.norm() / before.norm())
+        assert found[f"{path}.trainable_tokens_delta"]["relative_change"] == pytest.approx(expected, rel=1e-5)
+    model, method = ours("embedding", "llama")
+    stir(method.trainable(model).values())
+    (path,) = (path for path in method.layers if path.endswith("embed_tokens"))
+    layer = method.layers[path]
+    (module,) = (one for one in inspect.run(method, model)["modules"] if one["path"] == path)
+    oracle = svdvals(layer.merged_weight() - layer.base_weight())
+    assert largest_difference(module["update"]["singular_values"], oracle) <= 1e-5
