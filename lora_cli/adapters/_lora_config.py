@@ -1,11 +1,13 @@
-"""LoRA's part of PEFT's adapter_config.json, from the file to the method's settings."""
+"""LoRA's part of PEFT's adapter_config.json, from the file to the method's settings and back."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lora_cli.adapters import _lora_patterns, _peft
+from lora_cli.adapters._base import AdapterLinear
 
 KEYS = frozenset(
     {
@@ -94,6 +96,33 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "dropout": config.get("lora_dropout", 0.0),
         "targets": config["target_modules"],
         **{key: value for key, value in variants.items() if value},
+    }
+
+
+def written(
+    ranks: tuple[int, Mapping[str, int]],
+    alphas: tuple[float, Mapping[str, float]],
+    layers: Mapping[str, AdapterLinear],
+    times: int,
+    rslora: bool,
+) -> dict[str, Any]:
+    """Return PEFT's keys for ranks and alphas, each with its pattern; a whole alpha is written as an integer.
+
+    `times` is how many times the rank the layers have on disk; alpha is raised so that the scale stays.
+    """
+    raised = math.sqrt(times) if rslora else times
+    by_layer = [_lora_patterns.lasting(pattern, list(layers)) for _, pattern in (ranks, alphas)]
+    return {
+        "r": ranks[0] * times,
+        "lora_alpha": whole(alphas[0] * raised),
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "init_lora_weights": True,
+        "use_dora": False,
+        "use_rslora": rslora,
+        "rank_pattern": {key: rank * times for key, rank in by_layer[0].items()},
+        "alpha_pattern": {key: whole(alpha * raised) for key, alpha in by_layer[1].items()},
+        "layers_to_transform": None,  # target_modules names exactly the adapted layers
+        "layers_pattern": None,
     }
 
 

@@ -154,17 +154,15 @@ class Lora(Method):
 
     def _share_out(self, before: Mapping[str, int], ranks: dict[str, int]) -> None:
         """Take over EVA's ranks; an alpha changes with its rank so that the scale of the update stays."""
-        kept = {
-            re.escape(path): (rank, before[path], self._alpha_of(path))
+        self.eva_ranks = ranks
+        kept = {re.escape(path): rank for path, rank in ranks.items() if rank}
+        alphas = {
+            re.escape(path): self._alpha_of(path)
+            * (math.sqrt(rank / before[path]) if self.rslora else rank / before[path])
             for path, rank in ranks.items()
             if rank
         }
-        alphas = {
-            path: alpha * (math.sqrt(rank / old) if self.rslora else rank / old)
-            for path, (rank, old, alpha) in kept.items()
-        }
-        self.eva_ranks = ranks
-        self.rank_pattern = {path: rank for path, (rank, _, _) in kept.items() if rank != self.rank}
+        self.rank_pattern = {path: rank for path, rank in kept.items() if rank != self.rank}
         self.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != self.alpha}
 
     def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
@@ -294,30 +292,16 @@ class Lora(Method):
         )
 
     def disk_config(self) -> dict[str, Any]:
-        """Return PEFT's LoRA keys; a whole alpha is written as an integer, as older readers expect."""
-        # A start other than zero may stand on disk with twice the rank, and with alpha raised to keep the scale.
+        """Return PEFT's LoRA keys."""
+        # A start other than zero may stand on disk with twice the rank.
         times = 2 if self.init in _lora_init.FROM_BASE and not self.freeze_a else 1
-        raised = math.sqrt(times) if self.rslora else times
-        ranks = _lora_patterns.lasting(self.rank_pattern, list(self.layers))
-        alphas = _lora_patterns.lasting(self.alpha_pattern, list(self.layers))
-        return {
-            "r": self.rank * times,
-            "lora_alpha": _lora_config.whole(self.alpha * raised),
-            "lora_dropout": self.dropout,
-            "fan_in_fan_out": any(layer.fan_in_fan_out for layer in self.layers.values()),
-            "bias": _lora_config.BIASES[self.bias],
-            "init_lora_weights": True,
-            "use_dora": False,
-            "use_rslora": self.rslora,
-            "rank_pattern": {key: rank * times for key, rank in ranks.items()},
-            "alpha_pattern": {key: _lora_config.whole(alpha * raised) for key, alpha in alphas.items()},
-            "layers_to_transform": None,  # target_modules names exactly the adapted layers
-            "layers_pattern": None,
-            "modules_to_save": [path for path in self.whole if path not in self.rows]
-            if self.train_also
-            else None,
-            **({"trainable_token_indices": _lora_rows.on_disk(self.rows)} if self.rows else {}),
-        }
+        config = _lora_config.written(
+            (self.rank, self.rank_pattern), (self.alpha, self.alpha_pattern), self.layers, times, self.rslora
+        )
+        saved = [path for path in self.whole if path not in self.rows] if self.train_also else None
+        tokens = {"trainable_token_indices": _lora_rows.on_disk(self.rows)} if self.rows else {}
+        bias = _lora_config.BIASES[self.bias]
+        return config | {"lora_dropout": self.dropout, "bias": bias, "modules_to_save": saved} | tokens
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
