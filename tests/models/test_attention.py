@@ -87,8 +87,12 @@ def test_in_bfloat16_it_is_so_within_rounding(name: str) -> None:
 
 @pytest.mark.parametrize("name", PACKS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_are_what_eager_attention_makes_of_them(name: str, side: str) -> None:
-    """With a padding mask, on either side, the logits of real tokens are transformers' own, to 1e-5."""
+@pytest.mark.parametrize("limit", [0, 128])
+def test_padded_rows_are_what_eager_attention_makes_of_them(
+    name: str, side: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a padding mask on either side logits of real tokens are transformers' own to 1e-5, computed either way."""
+    monkeypatch.setitem(attention.PLAIN_PRODUCTS, torch.float32, limit)
     plain, model = make(copy.deepcopy(PACKS[name])), ready(name)
     ids, mask = tokens()[:, :60].reshape(3, 20), torch.ones(3, 20, dtype=torch.int64)
     for row, pad in enumerate((0, 7, 12)):
@@ -99,8 +103,12 @@ def test_padded_rows_are_what_eager_attention_makes_of_them(name: str, side: str
 
 
 @pytest.mark.parametrize("name", PACKS)
-def test_generation_with_a_cache_is_transformers_own(name: str) -> None:
+@pytest.mark.parametrize("limit", [0, 128])
+def test_generation_with_a_cache_is_transformers_own(
+    name: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Greedy answers with a cache, left-padded, beyond the windows, equal those of eager attention."""
+    monkeypatch.setitem(attention.PLAIN_PRODUCTS, torch.float32, limit)
     plain, model = make(copy.deepcopy(PACKS[name])), ready(name)
     ids, mask = tokens()[:, :24].reshape(2, 12), torch.ones(2, 12, dtype=torch.int64)
     mask[1, :5] = 0
