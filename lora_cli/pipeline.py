@@ -91,7 +91,7 @@ def train(
         with _timed(seconds, "inject"):
             model, method = inject.run(
                 base, recipe.model.dtype, recipe.adapter, prepared, start=start, quantization=_quantization(recipe),
-                total_steps=total, max_length=recipe.data.max_length,
+                packing=recipe.data.packing, total_steps=total, max_length=recipe.data.max_length,
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
                 batch_size=recipe.train.batch_size, seed=recipe.run.seed,
                 resumed=lambda: method_state(folder, recipe) if resume else None, rt=rt, log=log.line,
@@ -146,8 +146,9 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         )
         layers = _load_adapter(adapter, base, model).placed() if adapter is not None else {}
         inject.check_rows_fit(model, prepared, max_generated=generated)
+        packs = inject.settle_packing(model, recipe.data.packing, log.line)
         scores = evaluate_stage.run(
-            recipe.evaluate, AdaptedModel(model, layers), objective, prepared,
+            recipe.evaluate, AdaptedModel(model, layers, packs=packs), objective, prepared,
             rt=rt, log=log, with_base=adapter is not None,
         )  # fmt: skip
         check_gates(gates, scores.tuned)

@@ -102,15 +102,29 @@ class Prepared:
     counts: dict[str, SplitCounts]
 
 
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Where the documents of a packed sequence lie, one after the other."""
+
+    lengths: tuple[int, ...]
+    offsets: torch.Tensor  # (documents + 1,) int32: where each begins, and where the last ends
+
+
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch, right-padded. `labels[b, t]` is the token at t if it is trained, else IGNORED (not shifted)."""
+    """One micro-batch: right-padded rows, or with `documents` all of its rows in one sequence, (1, T), unpadded.
+
+    `labels[b, t]` is the token at t if it is trained, else IGNORED (not shifted). In a packed sequence the first token
+    of a document is IGNORED: nothing before it may predict it.
+    """
 
     input_ids: torch.Tensor  # (B, T) int64
-    attention_mask: torch.Tensor  # (B, T) int64, 1 = real token
+    attention_mask: torch.Tensor | None  # (B, T) int64, 1 = real token; None: packed
     labels: torch.Tensor  # (B, T) int64
     rows: tuple[int, ...]
     """Index of each row in the data set, so that a fault can be traced to it."""
+    position_ids: torch.Tensor | None = None  # (1, T) int64, from 0 in each document; None: padded
+    documents: Documents | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,13 +113,14 @@ class Inputs:
         self.sizes = {path: x.shape[-1] for path, x in found.items()}
         """Numbers that a layer reads for each token."""
 
-    def read(self, batch: Batch, firsts: Iterable[str], parts: dict[str, IncrementalSvd]) -> None:
-        """Give the inputs of these groups at the real tokens of a batch to their parts.
+    def read(self, batch: Batch, firsts: Iterable[str], parts: dict[str, IncrementalSvd]) -> int:
+        """Give the inputs of these groups at the real tokens of a padded batch to their parts; return how many.
 
         Raises:
             DivergedError: they are not finite.
             InputError: a layer was not given all tokens.
         """
+        assert batch.attention_mask is not None
         real = batch.attention_mask.bool().flatten()
 
         def take(path: str, x: Tensor) -> None:
@@ -134,6 +135,7 @@ class Inputs:
             parts[path].add(rows)
 
         self._forward(batch.input_ids, batch.attention_mask, firsts, take)
+        return int(real.sum())
 
     @torch.no_grad()
     def _forward(self, ids: Tensor, mask: Tensor, paths: Iterable[str], take: Take) -> None:
@@ -194,8 +196,7 @@ def components(
         moving = [first for first, part in parts.items() if not part.settled(needed[first])]
         if not moving or (tokens >= limit and all(map(IncrementalSvd.whole, parts.values()))):
             break
-        inputs.read(batch, moving, parts)
-        tokens += int(batch.attention_mask.sum())
+        tokens += inputs.read(batch, moving, parts)
         ratios = {first: part.ratios() for first, part in parts.items()}
         ranks = distribute(layer_ratios(inputs, ratios, most), budget)
         needed = {first: max(ranks[path] for path in paths) for first, paths in inputs.groups.items()}

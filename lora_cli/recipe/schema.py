@@ -81,6 +81,11 @@ class Data(Section):
     overlong: Literal["drop", "truncate", "error"] = "drop"
     """What happens to longer rows. drop: left out and counted. truncate: cut at the right, the lost trained tokens
     counted. error: stop and name the row."""
+    packing: Literal["auto"] | bool = "auto"
+    """How rows are laid out in a forward pass of training or held-out loss. true: several in one sequence without
+    padding, each with positions of its own and blind to the others; refused where a trial on the model shows otherwise.
+    false: padded to the longest, rows of like length together. The loss and its gradient are the same; the draws of a
+    dropout are not. auto: true where the model passes the trial."""
     max_train_rows: PositiveInt | None = None
     """Use only the first so many training rows. null: all."""
     max_eval_rows: PositiveInt | None = None
@@ -117,8 +122,8 @@ class Train(Section):
     batch_size: PositiveInt = 32
     """Sequences per optimizer step, over all processes and micro-batches."""
     micro_batch_tokens: Literal["auto"] | PositiveInt = "auto"
-    """Padded tokens per forward pass; a step is split into as many passes as needed, with the same result (up to the
-    draws of a dropout). auto: at most 4096 on a CPU and 16384 on a GPU, less for a large vocabulary."""
+    """Tokens per forward pass, padding counted; a step is split into as many passes as needed, with the same result (up
+    to the draws of a dropout). auto: at most 4096 on a CPU and 16384 on a GPU, less for a large vocabulary."""
     learning_rate: Annotated[float, Field(gt=0, le=10.0)] = 2.0e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "polynomial", "inverse_sqrt"] = "cosine"

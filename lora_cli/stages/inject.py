@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, fastest_attention, load_model
 from lora_cli.models.nf4 import Quantization, quantized_layers
+from lora_cli.models.packing import keep_apart
 from lora_cli.recipe.schema import Adapter
 from lora_cli.runtime.dist import Runtime
 from lora_cli.stages._start_source import StartSource
@@ -39,6 +40,7 @@ def run(
     *,
     start: Start | None,
     quantization: Quantization | None,
+    packing: bool | Literal["auto"],
     total_steps: int,
     max_length: int,
     max_generated: int,
@@ -55,7 +57,8 @@ def run(
 
     Raises:
         InputError: the model cannot be loaded or cannot take these rows, a target matches nothing in it or cannot be
-            adapted, `start` does not fit it, or a schedule of the method does not fit into `total_steps`.
+            adapted, `start` does not fit it, a schedule of the method does not fit into `total_steps`, or the model
+            does not pack.
     """
     attention = fastest_attention(rt.device, max_length)
     model = load_model(
@@ -79,6 +82,7 @@ def run(
     # Only now, since new tokens may have made the embedding grow.
     check_rows_fit(model, prepared, max_generated=max_generated)
     _check_forward(model)
+    packs = settle_packing(model, packing, log)
     trainable = method.trainable(model)
     # With no adapter to switch off, the base survives only as a copy of the weights that will change.
     frozen_copy: dict[str, Tensor] = {}
@@ -104,7 +108,27 @@ def run(
                 f"model: on some mixtures PEFT 0.21 takes {', '.join(alike)} for names of the experts, and opens the"
                 " adapter without these layers (export merged besides, or choose targets: attention)"
             )
-    return AdaptedModel(model, method.placed(), frozen_copy), method
+    return AdaptedModel(model, method.placed(), frozen_copy, packs=packs), method
+
+
+def settle_packing(
+    model: PreTrainedModel, packing: bool | Literal["auto"], log: Callable[[str], None]
+) -> bool:
+    """Make the model ready for packed rows where the recipe wants it, and return whether it is.
+
+    Raises:
+        InputError: packing is asked for, and the model does not keep packed rows apart.
+    """
+    if packing is False:
+        return False
+    reason = keep_apart(model)
+    if reason is None:
+        return True
+    fault = f"{model.config.model_type} does not keep rows apart in one sequence: {reason}"
+    if packing is True:
+        raise InputError(f"data.packing: found true, but {fault} (use auto or false)")
+    log(f"packing: off, rows are padded; {fault}")
+    return False
 
 
 def check_rows_fit(model: PreTrainedModel, prepared: Prepared, *, max_generated: int) -> None:
