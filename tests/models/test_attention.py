@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.models import attention, packing
+from lora_cli.recipe.schema import LoraAdapter
 
 LENGTHS = (23, 23, 40, 9, 1, 17)  # equal ones side by side, one beyond every window, one of a single token
 CPU = torch.device("cpu")
@@ -237,6 +238,6 @@ def test_the_trial_is_made_in_evaluation_mode() -> None:
     with torch.no_grad():
         for parameter in method.trainable(model).values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    assert keep_apart(model) is None
+    assert packing.keep_apart(model) is None
     assert layer.training
     assert not model.training
