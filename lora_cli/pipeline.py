@@ -54,16 +54,25 @@ from lora_cli.types import Example, Examples, Prepared
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, gates: Sequence[Gate] = ()
+    recipe: Recipe,
+    *,
+    resume: bool | None = None,
+    overwrite: bool = False,
+    gates: Sequence[Gate] = (),
+    allow: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the whole recipe and return the summary, which also stands in summary.json.
+
+    An unfinished run is gone on with, unless `resume` is False; with True a finished one that now asks for more is,
+    too. `allow` are keys that may differ from those of the checkpoint.
 
     Raises:
         LoraError: see `errors.py`; its exit code says which kind of fault it is.
     """
     folder = RunFolder(Path(recipe.run.output).expanduser())
+    goes_on = folder.is_run() and resume is not False and not overwrite
     seconds: dict[str, float] = {}
-    with _started(recipe) as (rt, log):
+    with _started(recipe) as (rt, log), folder.lock:
         with _timed(seconds, "prepare"):
             base = base_folder(recipe.model.base, recipe.model.revision)
             recipe, start = _settle_start(recipe, base)
@@ -81,7 +90,7 @@ def train(
             facts = report.fingerprints(
                 prepared, base_fingerprint(base), start.fingerprint() if start else None
             )
-        finished = None if overwrite else find_finished(folder, recipe, facts, resume=resume)
+        finished = None if overwrite else find_finished(folder, recipe, facts, resume=resume is True)
         if finished is not None:
             log.line(f"{folder.path}: finished already, nothing to do (--overwrite trains it again)")
             check_gates(gates, finished["eval"]["tuned"])
@@ -94,10 +103,10 @@ def train(
                 packing=recipe.data.packing, total_steps=total, max_length=recipe.data.max_length,
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
                 batch_size=recipe.train.batch_size, seed=recipe.run.seed,
-                resumed=lambda: method_state(folder, recipe) if resume else None, rt=rt, log=log.line,
+                resumed=lambda: method_state(folder, recipe) if goes_on else None, rt=rt, log=log.line,
             )  # fmt: skip
         export.require_expressible(recipe.export_formats(), model, method)
-        resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=resume)
+        resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=goes_on, allow=allow)
         with _timed(seconds, "train"):
             trained = train_stage.run(
                 recipe.train, model, method, objective, prepared, folder.path,

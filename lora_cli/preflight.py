@@ -8,14 +8,17 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from lora_cli.errors import InputError
 from lora_cli.models.safety import TINY, check_model_folder
 from lora_cli.models.weight_files import read_header, read_json
+from lora_cli.recipe.keys import keys_at
 from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.suggest import nearest_key
+from lora_cli.runtime import lock
 from lora_cli.runtime.run_folder import OURS, RunFolder
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -24,8 +27,10 @@ _A = {"adapter": "an adapter", "model": "a model"}
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
-def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> list[str]:
-    """Check a recipe that is to be trained, and return what was checked, a line each.
+def check(
+    recipe: Recipe, *, resume: bool | None = None, overwrite: bool = False, allow: Sequence[str] = ()
+) -> list[str]:
+    """Check a recipe that is to be trained, and return what was checked, a line each; see `pipeline.train`.
 
     Raises:
         InputError: with every problem found.
@@ -34,6 +39,7 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> l
         lambda: _check_data(recipe, "train"),
         lambda: _check_data(recipe, "eval") if recipe.data.eval is not None else None,
         lambda: _check_model(recipe),
+        lambda: _check_allowed(allow),
         lambda: _check_start(recipe, resume=resume),
         lambda: _check_output(recipe, resume=resume, overwrite=overwrite),
     )
@@ -206,14 +212,21 @@ def _check_model(recipe: Recipe) -> str:
     return f"model.base: {base}: {header.summary}"
 
 
-def _check_start(recipe: Recipe, *, resume: bool) -> str | None:
+def _check_allowed(keys: Sequence[str]) -> None:
+    for key in keys:
+        if not keys_at(key):
+            raise InputError(f"--allow {key}: unknown key{nearest_key(key)}")
+
+
+def _check_start(recipe: Recipe, *, resume: bool | None) -> str | None:
     name, place = recipe.init_from(), recipe.at("adapter.init_from")
     if name is None:
         return None
     _check_name(place, name)
     target = _expanded(place, name)
     if not os.path.lexists(target):
-        reason = "; a run that began from it needs it to be resumed" if resume else ""
+        going_on = resume is not False and RunFolder(Path(recipe.run.output).expanduser()).is_run()
+        reason = "; a run that began from it needs it to be resumed" if going_on else ""
         raise InputError(f"{place}: {name}: no such folder{_near_matches(Path(name))}{reason}")
     folder = RunFolder(target).adapter()
     if folder != target and not folder.is_dir():
@@ -232,7 +245,7 @@ def _check_start(recipe: Recipe, *, resume: bool) -> str | None:
     return f"adapter.init_from: {name}: an adapter ({kind})"
 
 
-def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
+def _check_output(recipe: Recipe, *, resume: bool | None, overwrite: bool) -> str | None:
     name, place = recipe.run.output, recipe.at("run.output")
     _check_name(place, name)
     if os.environ.get("RANK", "0") != "0":
@@ -254,9 +267,11 @@ def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | Non
         )
     if RunFolder(folder).finished() is not None:
         return f"run.output: {name}: holds a finished run" + (", to be overwritten" if overwrite else "")
-    if is_run and not (resume or overwrite):
+    if lock.is_held(folder):
+        raise InputError(f"{place}: {lock.describe(folder)}")
+    if is_run and resume is False and not overwrite:
         raise InputError(
-            f"{place}: {name} holds an unfinished run (--resume goes on, --overwrite starts again)"
+            f"{place}: {name} holds an unfinished run (--no-resume forbids to go on; --overwrite starts again)"
         )
     return f"run.output: {name}: {'to be overwritten' if overwrite else 'to be resumed'}"
 

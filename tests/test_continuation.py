@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,17 @@ def job(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
 
     def run(
-        resume: bool = False, overwrite: bool = False, keep_rows: bool = False, **changes: Any
+        resume: bool | None = None,
+        overwrite: bool = False,
+        keep_rows: bool = False,
+        allow: Sequence[str] = (),
+        **changes: Any,
     ) -> dict[str, Any]:
         kept = {name: (tmp_path / name).read_bytes() for name in ("train.jsonl", "eval.jsonl") if keep_rows}
         recipe = load_recipe(write_recipe(tmp_path, base, **changes))
         for name, content in kept.items():
             (tmp_path / name).write_bytes(content)
-        return pipeline.train(recipe, resume=resume, overwrite=overwrite)
+        return pipeline.train(recipe, resume=resume, overwrite=overwrite, allow=allow)
 
     return run
 
@@ -222,3 +226,32 @@ def test_lines_are_those_of_the_file(job: Run, tmp_path: Path) -> None:
         json.loads(line)["line"] for line in (tmp_path / "run" / "generations.jsonl").read_text().splitlines()
     ]
     assert lines == [2, 3, 5]
+
+
+def test_an_unfinished_run_is_gone_on_with_by_itself(job: Run, tmp_path: Path) -> None:
+    """The same call goes on from the last checkpoint, and ends in the bytes of the run that was never stopped."""
+    job(train__save_every=4)
+    weights = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    run = unfinish(tmp_path)
+    shutil.rmtree(run / "checkpoints/step-10")
+    job(train__save_every=4, keep_rows=True)
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() == weights
+    assert not (run / ".lock").exists()
+
+
+def test_a_changed_key_is_allowed_one_by_one(
+    job: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A continued run with another learning rate is refused by name, and goes on where this key is allowed."""
+    job(train__save_every=4)
+    run = unfinish(tmp_path)
+    shutil.rmtree(run / "checkpoints/step-10")
+    changes: dict[str, Any] = {"train__save_every": 4, "train__learning_rate": 0.003, "keep_rows": True}
+    with pytest.raises(InputError, match=r"train\.learning_rate: .* -> 0\.003.*--allow KEY"):
+        job(**changes)
+    with pytest.raises(InputError, match=r"train\.learning_rate"):
+        job(**changes, allow=["train.weight_decay"])
+    capsys.readouterr()
+    job(**changes, allow=["train.learning_rate"])
+    assert "allowed although changed: train.learning_rate" in capsys.readouterr().out
+    assert "0.003" in (run / "recipe.yaml").read_text()

@@ -124,7 +124,7 @@ def updates_of(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_a_signal_saves_and_the_run_resumes(
     tmp_path: Path, base: Path, number: signal.Signals, code: int
 ) -> None:
-    """A signal saves and exits 130 or 143; --resume ends with the adapter of a run that was not stopped, bit by bit."""
+    """A signal saves and exits 130 or 143; the same command ends with the adapter of a run never stopped."""
     settings = {"train__epochs": 60, "train__schedule": "constant"}
     straight = lora("train", write_recipe(tmp_path / "straight", base, **settings))
     assert straight.returncode == 0, straight.stderr
@@ -146,15 +146,37 @@ def test_a_signal_saves_and_the_run_resumes(
     assert process.returncode == code, errors
     assert errors.startswith("error: stopped by signal")
     assert not (run / "summary.json").exists()
-    again = lora("train", recipe)
-    assert again.returncode == 2
-    assert "--resume" in again.stderr
-    resumed = lora("train", recipe, "--resume")
+    refused = lora("train", recipe, "--no-resume")
+    assert refused.returncode == 2
+    assert "--overwrite starts again" in refused.stderr
+    resumed = lora("train", recipe)
     assert resumed.returncode == 0, resumed.stderr
     assert "continuing after step" in resumed.stdout
     expected = tensors_of(tmp_path / "straight" / "run")
     assert all(torch.equal(value, expected[key]) for key, value in tensors_of(run).items())
     assert losses_of(run) == losses_of(tmp_path / "straight" / "run")
+
+
+def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path, base: Path) -> None:
+    """SIGKILL in training; beside the run a second one is refused; the same command ends in the same bytes."""
+    settings = {"train__epochs": 60, "train__schedule": "constant", "train__save_every": 5}
+    assert lora("train", write_recipe(tmp_path / "straight", base, **settings)).returncode == 0
+    recipe = write_recipe(tmp_path / "killed", base, **settings)
+    run = tmp_path / "killed" / "run"
+    process = subprocess.Popen([sys.executable, "-m", "lora_cli", str(recipe)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((run / "checkpoints").glob("step-*")):
+        time.sleep(0.02)
+    refused = lora("train", recipe)
+    assert refused.returncode == 2, refused.stderr
+    assert f"is being written by process {process.pid} on " in refused.stderr
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    resumed = lora("train", recipe)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resume: continuing after step" in resumed.stdout
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (tmp_path / "straight/run" / name).read_bytes()
 
 
 def test_the_job_by_commands(tmp_path: Path, base: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -17,6 +18,8 @@ import typer
 from lora_cli.errors import LoraError, ResourceError
 
 LOG_NAME = "lora-cli-error.log"
+_HEAD_START = 3.0
+"""Seconds: torchrun ends all processes when one ends, and the one that tells must not be cut off by a silent one."""
 
 run_folder: ContextVar[Path | None] = ContextVar("run_folder", default=None)
 """Where the traceback of a fault of ours goes; set by a command as soon as it knows the run."""
@@ -64,6 +67,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
 def _report(lines: Sequence[str], code: int) -> int:
     # Under torchrun every process finds the same bad input, loss or signal, or hears of it: one of them tells.
     if code not in (1, ResourceError.exit_code) and os.environ.get("RANK", "0") != "0":
+        time.sleep(_HEAD_START)
         return code
     for line in lines:
         shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)

@@ -22,12 +22,26 @@ def train(
     ],
     overrides: Overrides = None,
     check: Annotated[bool, typer.Option("--check", help="Check recipe, data and model, and stop.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            show_default=False,
+            help="An unfinished run is gone on with by itself; with --resume a finished one as well, which now asks for"
+            " more. With --no-resume neither.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start again in the folder of a run.")
     ] = False,
     at_least: AtLeast = None,
     at_most: AtMost = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow", metavar="KEY", help="Go on although this key, or what it names, is not what it was."
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model as the recipe says, evaluate it against the base, and export it."""
     if resume and overwrite:
@@ -36,7 +50,7 @@ def train(
     run_folder.set(Path(settings.run.output).expanduser())
     from lora_cli import preflight  # needs the data readers, which a bad recipe need not wait for
 
-    checked = preflight.check(settings, resume=resume, overwrite=overwrite)
+    checked = preflight.check(settings, resume=resume, overwrite=overwrite, allow=allow or ())
     if check:
         typer.echo("\n".join([f"{recipe}: every key is valid", *checked, "nothing was trained (--check)"]))
         return
@@ -45,4 +59,4 @@ def train(
         typer.echo(f"{recipe}: {settings.objective.name} with {method} on {base} -> {settings.run.output}")
     from lora_cli import pipeline  # imports torch: seconds, which no fault above should cost
 
-    pipeline.train(settings, resume=resume, overwrite=overwrite, gates=gates)
+    pipeline.train(settings, resume=resume, overwrite=overwrite, gates=gates, allow=allow or ())

@@ -42,8 +42,18 @@ def documents(lengths: tuple[int, ...], device: torch.device) -> Documents:
 def keep_apart(model: PreTrainedModel) -> str | None:
     """Give the model the attention that keeps packed documents apart, and return None; else why it does not.
 
-    In that case the model has its former attention again. It must be in evaluation mode.
+    In that case the model has its former attention again.
     """
+    training = {module for module in model.modules() if module.training}
+    model.eval()  # a new adapter layer may draw a dropout, in a model that was loaded for evaluation
+    try:
+        return _try(model)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _try(model: PreTrainedModel) -> str | None:
     former = model.config._attn_implementation
     embedding: Any = model.get_input_embeddings()
     ids = torch.randint(
@@ -74,7 +84,9 @@ def _compare(model: PreTrainedModel, ids: Tensor, alone: Tensor, joined: Tensor)
     if attention.lost_windows(windows, getattr(model.config.get_text_config(), "layer_types", None) or ()):
         return "its layers are not told of the windows that its masks have"
     leak, opened = _distance(together, alone), _distance(joined, alone)
-    if not leak <= TOLERANCES[model.dtype] * opened:
+    # Not the model's own `dtype`: an embedding that is trained comes first, with float32 weights.
+    frozen = (weight.dtype for weight in model.parameters() if not weight.requires_grad)
+    if not leak <= TOLERANCES[next(frozen, model.dtype)] * opened:
         return f"the logits of a document change by {leak:.2g} when it is packed, by {opened:.2g} when it is open"
     return None
 

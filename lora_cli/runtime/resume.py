@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -95,11 +95,15 @@ def begin(
     log: Callable[[str], None],
     *,
     resume: bool,
+    allow: Sequence[str] = (),
 ) -> int | None:
-    """Make the run folder; return the step to continue from, or None to start at the beginning.
+    """Make the run folder and lock it; return the step to continue from, or None to start at the beginning.
+
+    Keys in `allow`, and what stands below them, may differ from the checkpoint's.
 
     Raises:
-        InputError: the recipe, data or base of the checkpoint are others, or it is beyond the last step.
+        InputError: the recipe, data or base of the checkpoint are others, or it is beyond the last step; or another
+            process runs in the folder.
     """
     step = None
     if resume:
@@ -110,12 +114,15 @@ def begin(
             changes = changed_keys(before.resolved(), recipe.resolved())
             differences = [f"{key}: {change}" for key, change in changes.items() if changes_training(key)]
             differences += _other_contents(checkpoints.facts(step), facts)
+            differences, allowed = _without(differences, allow)
+            for line in allowed:
+                log(f"resume: allowed although changed: {line}")
             if step > total_steps:
                 differences.append(f"train.max_steps: the run stands at step {step} of now {total_steps}")
             if differences:
                 raise InputError(
                     f"{folder.path}: cannot be resumed: {'; '.join(differences)}"
-                    " (use the old values, --overwrite, or another run.output)"
+                    " (use the old values, --allow KEY, --overwrite, or another run.output)"
                 )
         log(f"resume: continuing after step {step}" if step else "resume: no checkpoint, starting anew")
     rt.barrier()  # no process may look for a checkpoint after the main one has begun to write
@@ -142,6 +149,14 @@ def _other_contents(before: Mapping[str, Any], facts: Mapping[str, str]) -> list
     gone = [key for key in ("adapter.init_from",) if key in before and key not in facts]
     changed = [key for key in facts if before.get(key) != facts[key]]
     return [f"{key}: another content" for key in changed + gone]
+
+
+def _without(lines: Sequence[str], allow: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the lines whose key is not allowed, and those whose key is, by itself or as part of a block."""
+    allowed = [
+        line for line in lines if any(f"{line.partition(':')[0]}.".startswith(f"{key}.") for key in allow)
+    ]
+    return [line for line in lines if line not in allowed], allowed
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

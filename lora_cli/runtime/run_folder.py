@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_cli.errors import InputError
 from lora_cli.publish import MANIFEST, sweep, write_json
+from lora_cli.runtime.lock import Lock
 
 RECIPE_FILE = "recipe.yaml"
 SUMMARY_FILE = "summary.json"
@@ -38,6 +39,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock = Lock(path)
 
     def finished(self) -> dict[str, Any] | None:
         """Return the summary of a run that was completed here, or None."""
@@ -64,18 +66,19 @@ class RunFolder:
         for name in EXPORTS.values():
             if (self.path / name).is_dir():
                 return self.path / name
-        raise InputError(f"{self.path}: the run has exported nothing yet (finish it with --resume)")
+        raise InputError(f"{self.path}: the run has exported nothing yet (finish it with lora-train)")
 
     def begin(self, recipe_text: str, *, fresh: bool) -> None:
-        """Make the folder and write the resolved recipe; with `fresh` remove what an earlier run wrote.
+        """Make and lock the folder and write the resolved recipe; with `fresh` remove what an earlier run wrote.
 
         Raises:
-            InputError: the folder cannot be made or written to, or holds an export that is not ours.
+            InputError: the folder cannot be made or written to, holds an export that is not ours, or is locked.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"run.output: {self.path}: {error.strerror} (choose another folder)") from error
+        self.lock.take()
         sweep(self.path)
         if fresh:
             self._remove(OURS)

@@ -91,7 +91,7 @@ def test_methods_with_factors_are_exact(name: str, architecture: str, tmp_path: 
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("name", [name for name in FACTORS if "embedding" not in name])
 def test_variants_of_lora_are_exact(name: str, architecture: str, tmp_path: Path, base: Path) -> None:
     """rsLoRA, patterns, layers, frozen A and every start are read as uniform LoRA with the live logits to 1e-5."""
     model, method = ours(name, architecture)
@@ -102,6 +102,14 @@ def test_variants_of_lora_are_exact(name: str, architecture: str, tmp_path: Path
     )
     check_exact(tmp_path / "out", model, architecture)
     assert result["portable_update"]["worst_error"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["embedding", "tokens"])
+def test_embeddings_and_rows_are_refused(name: str) -> None:
+    """What no reader of plain LoRA on linear layers knows is refused, with what to do."""
+    model, method = ours(name, "llama")
+    with pytest.raises(InputError, match="merged"):
+        _portable.require_expressible(method, model)
 
 
 def test_a_quantized_base_keeps_the_update(tmp_path: Path, base: Path) -> None:

@@ -64,12 +64,13 @@ def test_train_hands_the_recipe_and_the_options_to_the_pipeline(
         pipeline, "train", lambda recipe, **options: calls.append({"recipe": recipe} | options)
     )
     arguments = ["r.yaml", "train.epochs=2", "--overwrite", "--min", "token_accuracy=0.5", "--max", "loss=2"]
+    arguments += ["--allow", "data.train"]
     assert run_here(capsys, "train", *arguments).code == 0
     (call,) = calls
     recipe = call["recipe"]
     assert isinstance(recipe, Recipe)
     assert recipe.resolved() == load_recipe(folder / "r.yaml", ["train.epochs=2"]).resolved()
-    assert (call["resume"], call["overwrite"]) == (False, True)
+    assert (call["resume"], call["overwrite"], call["allow"]) == (None, True, ["data.train"])
     assert call["gates"] == (Gate("token_accuracy", 0.5, "min"), Gate("loss", 2.0, "max"))
 
 
@@ -198,15 +199,15 @@ def _run_in(folder: Path, **summary: object) -> None:
 
 
 def test_the_state_of_the_output_folder_decides(folder: Path) -> None:
-    """An unfinished run needs a choice; a finished one, an empty folder and a choice made are let through."""
+    """An unfinished run is gone on with, or refused where that is forbidden; a finished and a new one pass."""
     recipe = load_recipe(folder / "r.yaml")
     (folder / "out").mkdir()
     assert preflight.check(recipe)[-1] == "run.output: out: new"
     (folder / "out").rmdir()
     _run_in(folder)
-    with pytest.raises(InputError, match="--resume goes on, --overwrite starts again"):
-        preflight.check(recipe)
-    assert preflight.check(recipe, resume=True)[-1].endswith("to be resumed")
+    with pytest.raises(InputError, match="--overwrite starts again"):
+        preflight.check(recipe, resume=False)
+    assert preflight.check(recipe)[-1].endswith("to be resumed")
     assert preflight.check(recipe, overwrite=True)[-1].endswith("to be overwritten")
     (folder / "out" / "summary.json").write_text('{"status": "done"}')
     assert preflight.check(recipe)[-1].endswith("holds a finished run")

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from packed_models import LEAKS, PACKS, make
+from small import make_model
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from lora_cli import adapters
 from lora_cli.models import attention, packing
+from lora_cli.recipe.schema import LoraAdapter
 
 LENGTHS = (23, 23, 40, 9, 1, 17)  # equal ones side by side, one beyond every window, one of a single token
 CPU = torch.device("cpu")
@@ -222,3 +225,19 @@ def test_on_a_gpu_documents_do_not_see_each_other(name: str) -> None:
         ids[:, : LENGTHS[0]] = 95 - ids[:, : LENGTHS[0]]
         after = model(input_ids=ids, use_cache=False, **arguments).logits[0, LENGTHS[0] :]
     assert float((after - before).abs().max()) <= 1e-6 or name == "mixtral"
+
+
+def test_the_trial_is_made_in_evaluation_mode() -> None:
+    """Dropout in new layers, and an embedding with float32 weights in a bfloat16 model, do not look like a leak."""
+    model = make_model("llama", torch.bfloat16)
+    block = LoraAdapter(rank=4, dropout=0.5, train_also=["norm", "embed_tokens", "lm_head"])
+    method = adapters.build(block, seed=0)
+    method.inject(model)
+    layer = next(iter(method.layers.values()))
+    assert layer.training
+    with torch.no_grad():
+        for parameter in method.trainable(model).values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    assert packing.keep_apart(model) is None
+    assert layer.training
+    assert not model.training
