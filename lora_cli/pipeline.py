@@ -3,6 +3,7 @@
     prepare -> inject -> train -> evaluate -> export        `train`, the whole job
     prepare -> inject ----------> evaluate                  `evaluate`
                inject ----------------------> export        `merge`
+    prepare -> describe                                     `describe_data`
 
 Each stage is one file in `stages/` with one public `run`. Nothing is written before the data are prepared and the
 adapter is injected, so bad input leaves nothing behind.
@@ -31,6 +32,7 @@ from lora_cli.models.load import (
     fastest_attention,
     load_model,
     load_tokenizer,
+    tokenizer_folder,
 )
 from lora_cli.models.nf4 import Quantization
 from lora_cli.publish import MANIFEST
@@ -43,10 +45,10 @@ from lora_cli.runtime.faults import resource_faults
 from lora_cli.runtime.log import Log
 from lora_cli.runtime.resume import begin, find_finished
 from lora_cli.runtime.run_folder import EXPORTS, RunFolder
+from lora_cli.stages import describe, export, inject, prepare
 from lora_cli.stages import evaluate as evaluate_stage
-from lora_cli.stages import export, inject, prepare
 from lora_cli.stages import train as train_stage
-from lora_cli.types import Example, Examples, Prepared
+from lora_cli.types import Conversation, Example, Examples, Labelled, Pair, Prepared, Text
 
 
 def train(
@@ -132,6 +134,22 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         )  # fmt: skip
         check_gates(gates, scores.tuned)
         return {"base": scores.base, "tuned": scores.tuned}
+
+
+def describe_data(recipe: Recipe, *, show: int = 0, rows: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what training would be fed: counts, lengths, findings, and rows token by token; no weights are read.
+
+    `show` training rows are shown, and those that `rows` names as `file:line`.
+    """
+    with _started(recipe) as (rt, log):
+        folder, config = tokenizer_folder(recipe.model.base, recipe.model.revision)
+        tokenizer, train_on = load_tokenizer(folder), recipe.objective.train_on
+        every = (Conversation, Text, Pair, Labelled)
+        prepared = prepare.run(recipe.data, train_on, tokenizer, rt, log.line, consumes=every)
+        objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
+        return describe.run(
+            recipe, prepared, config, consumes=objective.consumes, device=rt.device.type, show=show, rows=rows
+        )
 
 
 def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) -> dict[str, Any]:
