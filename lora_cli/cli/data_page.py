@@ -120,8 +120,10 @@ def _sources(sources: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
     share = split["trained_tokens"] / split["tokens"]
     yield f"<h2>{'Training rows' if name == 'train' else 'Held-out rows'}</h2>"
+    pairs = f" ({split['pairs']:,} pairs)" if split["pairs"] else ""
     yield (
-        f"<p>{split['rows']:,} rows, {split['tokens']:,} tokens, {split['trained_tokens']:,} trained ({share:.1%})."
+        f"<p>{split['rows']:,} rows{pairs}, {split['tokens']:,} tokens,"
+        f" {split['trained_tokens']:,} trained ({share:.1%})."
         f" {split['duplicates']['rows']:,} say what an earlier one says.</p>"
     )
     names = ("min", "median", "mean", "p95", "max")

@@ -31,7 +31,11 @@ def show(said: Mapping[str, Any]) -> None:
 def report(said: Mapping[str, Any], width: int, *, ascii_only: bool) -> Iterator[RenderableType]:
     """Yield the parts of the report."""
     yield from _head(said, ascii_only=ascii_only)
-    yield _sources(said["sources"], width, ascii_only=ascii_only)
+    for source in said["sources"]:
+        files = source["files"]
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        yield Text(f"{source['key']}: {visible(files[0], ascii_only)}{more}", style="dim")
+    yield _sources(said["sources"])
     for name, split in said["splits"].items():
         yield Text()
         yield from _split(name, split, width, ascii_only=ascii_only)
@@ -72,7 +76,7 @@ def _table(*columns: str, left: int = 1) -> Table:
     return table
 
 
-def _sources(sources: Sequence[Mapping[str, Any]], width: int, *, ascii_only: bool) -> Table:
+def _sources(sources: Sequence[Mapping[str, Any]]) -> Table:
     """Return what became of the rows of each source; columns that are empty for all are left out."""
     lost = {
         "too long": [source["too_long"] for source in sources],
@@ -83,28 +87,21 @@ def _sources(sources: Sequence[Mapping[str, Any]], width: int, *, ascii_only: bo
     lost = {name: numbers for name, numbers in lost.items() if any(numbers)}
     table = _table("source", "read as", "rows", "kept", *lost, "tokens", "trained", left=2)
     for index, source in enumerate(sources):
-        counts, files = source["counts"], source["files"]
-        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        name = Text(source["key"])
-        name.append(f"\n{visible(_short(files[0], width // 3), ascii_only)}{more}", style="dim")
-        form = Text(source["format"] + (" (detected)" if source["detected"] else ""))
-        form.append(f"\n{source['kind']}", style="dim")
+        counts = source["counts"]
+        form = source["format"] + (" (detected)" if source["detected"] else "")
         numbers = [counts["rows"] + counts["bad"], counts["kept"], *(one[index] for one in lost.values())]
         numbers += [counts["tokens"], counts["trained_tokens"]]
-        table.add_row(name, form, *(f"{number:,}" for number in numbers))
+        table.add_row(source["key"], form, *(f"{number:,}" for number in numbers))
     return table
-
-
-def _short(path: str, most: int) -> str:
-    """Return a path's end, which tells more than its beginning."""
-    return path if len(path) <= most else "..." + path[-most + 3 :]
 
 
 def _split(name: str, split: Mapping[str, Any], width: int, *, ascii_only: bool) -> Iterator[RenderableType]:
     share = split["trained_tokens"] / split["tokens"]
     heading = Text(name, style="bold")
+    pairs = f" ({split['pairs']:,} pairs)" if split["pairs"] else ""
     heading.append(
-        f"  {split['rows']:,} rows, {split['tokens']:,} tokens, {split['trained_tokens']:,} trained ({share:.1%})",
+        f"  {split['rows']:,} rows{pairs}, {split['tokens']:,} tokens, {split['trained_tokens']:,} trained"
+        f" ({share:.1%})",
         style="not bold",
     )
     yield heading

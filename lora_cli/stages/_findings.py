@@ -33,7 +33,7 @@ def findings(
     """Return the findings, warnings first; `config` is the text model's, `consumes` what the objective learns from."""
     found = [
         *_of_objective(said, consumes),
-        *(one for source in said["sources"] for one in _of_source(source, recipe)),
+        *(one for source in said["sources"] for one in _of_source(source, recipe, _positions(config))),
         *(one for name, split in said["splits"].items() for one in _of_split(name, split, said, config)),
         *_of_overlap(said),
         *_of_epoch(said, recipe),
@@ -67,26 +67,34 @@ def _of_objective(said: Mapping[str, Any], consumes: tuple[type, ...]) -> Iterat
         yield _finding("not_consumed", True, source["counts"]["kept"], what, None, remedy)
 
 
-def _of_source(source: Mapping[str, Any], recipe: Recipe) -> Iterator[Finding]:
+def _positions(config: Mapping[str, Any]) -> int | None:
+    """Return how many positions a model was made for, where its config says so."""
+    found = config.get("max_position_embeddings", config.get("n_positions"))
+    return found if isinstance(found, int) else None
+
+
+def _of_source(source: Mapping[str, Any], recipe: Recipe, positions: int | None) -> Iterator[Finding]:
     counts, key, firsts = source["counts"], source["key"], source["firsts"]
     rows = counts["rows"] + counts["bad"]
     lost = f"{counts['lost_trained_tokens']:,} trained tokens lost"
     limit = recipe.data.max_length
+    raised = f"data.max_length={source['longest']} keeps all"
+    if positions is not None and source["longest"] > positions:
+        raised = f"the longest has {source['longest']:,} tokens, the model was made for {positions:,}"
     if counts["bad"]:
         what = f"{key}: {_of(counts['bad'], rows, 'rows')} are bad and were skipped"
         where = source["bad_lines"][0] if source["bad_lines"] else None
         yield _finding("bad_rows", True, counts["bad"], what, where, "mend them")
     if source["too_long"]:
         what = f"{key}: {_of(source['too_long'], rows, 'rows')} are longer than {limit} tokens and were dropped, {lost}"
-        remedy = f"data.max_length={source['longest']} keeps all, or data.overlong"
+        remedy = f"{raised}; data.overlong can cut or split instead"
         many = source["too_long"] > MANY_ROWS * rows
         yield _finding("too_long", many, source["too_long"], what, firsts["too_long"], remedy)
     if counts["truncated"]:
         how = "split" if recipe.data.overlong == "split" else "cut"
         what = f"{key}: {_of(counts['truncated'], rows, 'rows')} were {how} to {limit} tokens, {lost}"
         many = how == "cut" and counts["truncated"] > MANY_ROWS * rows
-        remedy = f"data.max_length={source['longest']} keeps them whole"
-        yield _finding("truncated", many, counts["truncated"], what, firsts["truncated"], remedy)
+        yield _finding("truncated", many, counts["truncated"], what, firsts["truncated"], raised)
     if source["untrained"]:
         what = f"{key}: {_of(source['untrained'], rows, 'rows')} have nothing to train and were dropped"
         remedy = "look at its answer, at `train: false`, and at objective.train_on"
@@ -140,9 +148,8 @@ def _of_limits(name: str, split: Mapping[str, Any], config: Mapping[str, Any]) -
         what = f"{name}: holds token {split['max_token']}, but the model's vocabulary has {vocabulary}"
         remedy = "is this the model's own tokenizer? training will refuse"
         yield _finding("beyond_vocabulary", True, split["max_token"], what, None, remedy)
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
-    longest = int(split["lengths"]["max"])
-    if isinstance(positions, int) and longest > positions:
+    positions, longest = _positions(config), int(split["lengths"]["max"])
+    if positions is not None and longest > positions:
         what = (
             f"{name}: the longest row has {longest:,} tokens, the model was made for {positions:,} positions"
         )
@@ -168,7 +175,7 @@ def _of_epoch(said: Mapping[str, Any], recipe: Recipe) -> Iterator[Finding]:
     rows, epoch, tokens = said["splits"]["train"]["rows"], said["epoch"], said["tokens"]
     if rows < recipe.train.batch_size:
         what = f"train: {rows} rows do not fill one step of train.batch_size {recipe.train.batch_size}"
-        yield _finding("few_rows", False, rows, what, None, f"train.batch_size={max(1, rows // 8)}")
+        yield _finding("few_rows", False, rows, what, None, "add rows, or lower it")
     if epoch and epoch["padding"] > MUCH_PADDING:
         what = f"train: {epoch['padding']:.0%} of the positions in a forward pass are padding"
         remedy = "lower train.micro_batch_tokens: rows of like length then go together"

@@ -107,6 +107,7 @@ def _split(recipe: Recipe, split: Dataset, prepared: Prepared, texts: TokenTexts
     order = np.argsort(-split.lengths, kind="stable")[:LONGEST]
     return {
         "rows": len(split),
+        "pairs": int(np.array([one.pairs for one in split.parts])[split.origins[0]].sum()) // 2,
         "tokens": int(split.lengths.sum()),
         "trained_tokens": int(trained.sum()),
         "max_token": split.max_token,
