@@ -18,9 +18,25 @@ WIDEST, PIPED = 120, 100
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
+class _Console(Console):
+    """A console that does not end the process by itself when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command.
+
+        Raises:
+            BrokenPipeError: always.
+        """
+        raise BrokenPipeError
+
+
 def show(said: Mapping[str, Any]) -> None:
-    """Print the report on stdout, in colour where that is a terminal."""
-    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    """Print the report on stdout, in colour where that is a terminal.
+
+    Raises:
+        BrokenPipeError: nobody reads any more.
+    """
+    console = _Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     given = os.environ.get("COLUMNS", "")
     width = console.width if console.is_terminal or given.isdecimal() else PIPED
     console.width = max(60, min(width, WIDEST))
