@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from lora_cli.cli.data_report import epoch_line
 from lora_cli.cli.data_tokens import token_text, visible
 
 _STYLE = """
@@ -163,11 +164,7 @@ def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
 def _epoch(epoch: Mapping[str, Any] | None) -> Iterator[str]:
     if epoch is not None:
         yield "<h2>Epoch</h2>"
-        yield (
-            f"<p>{epoch['steps']:,} steps of {epoch['batch_size']} rows; the run has {epoch['total_steps']:,} steps."
-            f" On {epoch['device']} {epoch['passes']:,} forward passes of at most {epoch['pass_tokens']:,} tokens,"
-            f" {epoch['padding']:.1%} padding.</p>"
-        )
+        yield f"<p>{epoch_line(epoch)}.</p>"
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -168,13 +168,22 @@ def _epoch(said: Mapping[str, Any]) -> Iterator[Text]:
     if epoch is None:
         return
     line = Text("epoch", style="bold")
-    line.append(
-        f"  {epoch['steps']:,} steps of {epoch['batch_size']} rows; the run has {epoch['total_steps']:,} steps. On"
-        f" {epoch['device']} {epoch['passes']:,} forward passes of at most {epoch['pass_tokens']:,} tokens,"
-        f" {epoch['padding']:.1%} padding",
-        style="not bold",
-    )
+    line.append(f"  {epoch_line(epoch)}", style="not bold")
     yield line
+
+
+def epoch_line(epoch: Mapping[str, Any]) -> str:
+    """Return what an epoch takes."""
+    passes = f"{epoch['passes']:,} forward pass{'es' if epoch['passes'] != 1 else ''}"
+    return (
+        f"{epoch['tokens']:,} tokens in {_steps(epoch['steps'])} of {epoch['batch_size']} rows; the run has"
+        f" {_steps(epoch['total_steps'])}. On {epoch['device']}: {passes} of at most {epoch['pass_tokens']:,} tokens,"
+        f" {epoch['padding']:.1%} padding"
+    )
+
+
+def _steps(number: int) -> str:
+    return f"{number:,} step{'s' if number != 1 else ''}"
 
 
 def _findings(findings: Sequence[Mapping[str, Any]], *, ascii_only: bool) -> Iterator[RenderableType]:
