@@ -4,6 +4,7 @@
     prepare -> inject ----------> evaluate                  `evaluate`
                inject ----------------------> export        `merge`
     prepare -> describe                                     `describe_data`
+               inject -> what was learned                   `inspect`
 
 Each stage is one file in `stages/` with one public `run`. Nothing is written before the data are prepared and the
 adapter is injected, so bad input leaves nothing behind.
@@ -11,7 +12,6 @@ adapter is injected, so bad input leaves nothing behind.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lora_cli import adapters, objectives
-from lora_cli.adapters import Method, _peft
+from lora_cli.adapters import Method, Start, _peft
+from lora_cli.data.chosen_tokens import add_tokens, require_used, token_ids
 from lora_cli.data.render import settle_special_tokens
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
@@ -35,6 +36,8 @@ from lora_cli.models.load import (
     tokenizer_folder,
 )
 from lora_cli.models.nf4 import Quantization
+from lora_cli.models.safety import check_model_folder
+from lora_cli.models.weight_files import read_json
 from lora_cli.publish import MANIFEST
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.schema import Recipe
@@ -43,10 +46,11 @@ from lora_cli.runtime.checkpoint import exports_best
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.faults import resource_faults
 from lora_cli.runtime.log import Log
-from lora_cli.runtime.resume import begin, find_finished
+from lora_cli.runtime.resume import begin, find_finished, method_state
 from lora_cli.runtime.run_folder import EXPORTS, RunFolder
 from lora_cli.stages import describe, export, inject, prepare
 from lora_cli.stages import evaluate as evaluate_stage
+from lora_cli.stages import inspect as inspect_stage
 from lora_cli.stages import train as train_stage
 from lora_cli.types import Conversation, Example, Examples, Labelled, Pair, Prepared, Text
 
@@ -64,10 +68,21 @@ def train(
     with _started(recipe) as (rt, log):
         with _timed(seconds, "prepare"):
             base = base_folder(recipe.model.base, recipe.model.revision)
-            tokenizer = load_tokenizer(base)
-            prepared = prepare.run(recipe.data, recipe.objective.train_on, tokenizer, rt, log.line)
+            recipe, start = _settle_start(recipe, base)
+            tokenizer = _tokenizer(recipe, base)
+            prepared = prepare.run(
+                recipe.data,
+                recipe.objective.train_on,
+                tokenizer,
+                rt,
+                log.line,
+                spelled=_named_tokens(recipe),
+            )
+            require_used(prepared, _named_tokens(recipe))
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
-            facts = report.fingerprints(prepared, base_fingerprint(base))
+            facts = report.fingerprints(
+                prepared, base_fingerprint(base), start.fingerprint() if start else None
+            )
         finished = None if overwrite else find_finished(folder, recipe, facts, resume=resume)
         if finished is not None:
             log.line(f"{folder.path}: finished already, nothing to do (--overwrite trains it again)")
@@ -77,11 +92,13 @@ def train(
         total = _total_steps(recipe, prepared)
         with _timed(seconds, "inject"):
             model, method = inject.run(
-                base, recipe.model.dtype, recipe.adapter, prepared, quantization=_quantization(recipe),
-                total_steps=total, max_length=recipe.data.max_length,
+                base, recipe.model.dtype, recipe.adapter, prepared, start=start, quantization=_quantization(recipe),
+                packing=recipe.data.packing, total_steps=total, max_length=recipe.data.max_length,
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
-                seed=recipe.run.seed, rt=rt, log=log.line,
+                batch_size=recipe.train.batch_size, seed=recipe.run.seed,
+                resumed=lambda: method_state(folder, recipe) if resume else None, rt=rt, log=log.line,
             )  # fmt: skip
+        export.require_expressible(recipe.export_formats(), model, method)
         resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=resume)
         with _timed(seconds, "train"):
             trained = train_stage.run(
@@ -98,9 +115,13 @@ def train(
             card = report.model_card(summary, recipe)
             targets = {form: folder.path / EXPORTS[form] for form in recipe.export_formats()}
             sample = _sample(prepared.eval or prepared.train)
+            merge_with = f"lora-merge {folder.path} --output DIR"
+            if "peft" not in targets:
+                merge_with = "lora-train --resume with export.formats=[merged]"
             differences = _export(
-                targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample
-            )
+                targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample, merge_with,
+                tokenizer if recipe.chosen_tokens()[1] else None,
+            )  # fmt: skip
 
         summary = report.complete(summary, differences, seconds, rt.device)
         if rt.is_main:
@@ -116,9 +137,8 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         raise InputError("data.eval: no held-out rows to score on (give data.eval=FILE)")
     with _started(recipe) as (rt, log):
         adapter, base = _locate(target, recipe)
-        prepared = prepare.run(
-            recipe.data, recipe.objective.train_on, load_tokenizer(base), rt, log.line, need_train=False
-        )
+        tokenizer, _ = _tokenizer_of(adapter, base)
+        prepared = _held_out(recipe, tokenizer, rt, log)
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         generated = evaluate_stage.plan(recipe.evaluate, prepared)
         attention = fastest_attention(rt.device, recipe.data.max_length)
@@ -126,10 +146,11 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         model = load_model(
             base, dtype=dtype, device=rt.device, attention=attention, quantization=quantization
         )
-        inject.check_rows_fit(model, prepared, max_generated=generated)
         layers = _load_adapter(adapter, base, model).placed() if adapter is not None else {}
+        inject.check_rows_fit(model, prepared, max_generated=generated)
+        packs = inject.settle_packing(model, recipe.data.packing, log.line)
         scores = evaluate_stage.run(
-            recipe.evaluate, AdaptedModel(model, layers), objective, prepared,
+            recipe.evaluate, AdaptedModel(model, layers, packs=packs), objective, prepared,
             rt=rt, log=log, with_base=adapter is not None,
         )  # fmt: skip
         check_gates(gates, scores.tuned)
@@ -143,17 +164,32 @@ def describe_data(recipe: Recipe, *, show: int = 0, rows: Sequence[str] = ()) ->
     """
     with _started(recipe) as (rt, log):
         folder, config = tokenizer_folder(recipe.model.base, recipe.model.revision)
-        tokenizer, train_on = load_tokenizer(folder), recipe.objective.train_on
+        recipe, _ = _settle_start(recipe, None)
+        tokenizer, named = _tokenizer(recipe, folder), _named_tokens(recipe)
         every = (Conversation, Text, Pair, Labelled)
-        prepared = prepare.run(recipe.data, train_on, tokenizer, rt, log.line, consumes=every)
+        prepared = prepare.run(
+            recipe.data, recipe.objective.train_on, tokenizer, rt, log.line, consumes=every, spelled=named
+        )
+        refusals: list[str] = []
+        for check in (lambda: require_used(prepared, named), lambda: _total_steps(recipe, prepared)):
+            try:
+                check()
+            except InputError as error:
+                refusals += error.lines
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         return describe.run(
-            recipe, prepared, config, consumes=objective.consumes, device=rt.device.type, show=show, rows=rows
-        )
+            recipe, prepared, config, consumes=objective.consumes, device=rt.device.type, refusals=refusals,
+            show=show, rows=rows,
+        )  # fmt: skip
 
 
-def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) -> dict[str, Any]:
-    """Write the base with the adapter of `target` in its weights to `output`; return the folder and the difference."""
+def merge(
+    target: Path, output: Path, recipe: Recipe, dtype: str | None = None, form: str = "merged"
+) -> dict[str, Any]:
+    """Write the base with the adapter of `target` in its weights to `output`; return the folder and the difference.
+
+    With the form `portable` the adapter alone is written, as a plain LoRA of one rank.
+    """
     output = output.expanduser()
     with _started(recipe) as (rt, log):
         adapter, base = _locate(target, recipe)
@@ -161,7 +197,8 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
             raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
-        sample = _held_out_sample(recipe, base, rt, log)
+        tokenizer, has_new = _tokenizer_of(adapter, base)
+        sample = _held_out_sample(recipe, tokenizer, rt, log) if form == "merged" else []
         model = load_model(
             base,
             dtype=DTYPES[dtype or recipe.model.dtype],
@@ -169,14 +206,38 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
             quantization=_quantization(recipe),
         )
         method = _load_adapter(adapter, base, model)
-        _, stop_ids = settle_special_tokens(load_tokenizer(base), recipe.data.template)
+        _, stop_ids = settle_special_tokens(tokenizer, recipe.data.template)
         card = adapter / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, merged\n"
+        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, {form}\n"
         adapted = AdaptedModel(model, method.placed())
+        merge_with = f"lora-merge {target} --output DIR"
+        if not RunFolder(target).is_run():
+            merge_with += f" model.base={recipe.model.base}"
         differences = _export(
-            {"merged": output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample
-        )
-        return {"output": str(output), "max_logit_difference": differences.pop("merged"), **differences}
+            {form: output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample, merge_with,
+            tokenizer if has_new else None,
+        )  # fmt: skip
+        return {"output": str(output), "max_logit_difference": differences.pop(form), **differences}
+
+
+def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return where the adaptation of a run, a PEFT folder or a model went, and whether its ranks fit."""
+    with _started(recipe) as (rt, log):
+        adapter, folder = _locate(target, recipe)
+        base = base_folder(recipe.model.base, recipe.model.revision)
+        settings = recipe.adapter if RunFolder(target).is_run() else None
+        source: Method | PreTrainedModel
+        if adapter is not None:
+            dtype, quantization = DTYPES[recipe.model.dtype], _quantization(recipe)
+            model = load_model(base, dtype=dtype, device=rt.device, quantization=quantization)
+            source = _load_adapter(adapter, base, model)
+        else:
+            # Both as the model's files have it: a base in float32 was rounded as well before a bfloat16 run.
+            dtype = DTYPES["bfloat16" if check_model_folder(folder).dtypes == ("BF16",) else "float32"]
+            model, source = (load_model(one, dtype=dtype, device=rt.device) for one in (base, folder))
+        log.line(f"inspecting {adapter or folder} on {recipe.model.base}")
+        found = inspect_stage.run(source, model, settings)
+        return {"target": str(target), "base": recipe.model.base, "quantize": recipe.quantization(), **found}
 
 
 def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
@@ -184,24 +245,58 @@ def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
     if not target.is_dir():
         raise InputError(f"{target}: no such folder (give a run, a PEFT adapter or a model folder)")
     if RunFolder(target).is_run():
-        exported = [target / name for name in EXPORTS.values() if (target / name).is_dir()]
-        if not exported:
-            raise InputError(f"{target}: the run has exported nothing yet (finish it with --resume)")
-        target = exported[0]
+        target = RunFolder(target).exported()
     if (target / _peft.CONFIG_FILE).is_file():
         return target, base_folder(recipe.model.base, recipe.model.revision)
     return None, base_folder(str(target))
 
 
+def _settle_start(recipe: Recipe, base: Path | None) -> tuple[Recipe, Start | None]:
+    """Return the recipe with what the adapter that it starts from settles, and that adapter; it must fit the base."""
+    name = recipe.init_from()
+    if name is None:
+        return recipe, None
+    folder = RunFolder(Path(name).expanduser()).adapter()
+    start = adapters.open_start(folder, recipe.adapter.method)
+    if base is not None:
+        _require_base_of(folder, base)
+    return recipe.model_copy(update={"adapter": start.settle(recipe.adapter)}), start
+
+
 def _load_adapter(folder: Path, base: Path, model: PreTrainedModel) -> Method:
     """Inject an adapter; refuse one of ours that was trained on a base with other weights."""
-    manifest = folder / MANIFEST
-    trained_on = (
-        json.loads(manifest.read_text(encoding="utf-8")).get("model.base") if manifest.is_file() else None
-    )
-    if trained_on not in (None, base_fingerprint(base)):
-        raise InputError(f"{folder}: was trained on another base than {base}: config or weights differ")
+    _require_base_of(folder, base)
     return adapters.load(folder, model)
+
+
+def _require_base_of(adapter: Path, base: Path) -> None:
+    manifest = adapter / MANIFEST
+    trained_on = read_json(manifest).get("model.base") if manifest.is_file() else None
+    if trained_on not in (None, base_fingerprint(base)):
+        raise InputError(f"{adapter}: was trained on another base than {base}: config or weights differ")
+
+
+def _tokenizer(recipe: Recipe, base: Path) -> Any:
+    """Return the base's tokenizer with the new tokens of the recipe, which must know all tokens that are trained."""
+    tokenizer = load_tokenizer(base)
+    add_tokens(tokenizer, recipe.chosen_tokens()[1])
+    token_ids(tokenizer, _named_tokens(recipe))
+    return tokenizer
+
+
+def _tokenizer_of(adapter: Path | None, base: Path) -> tuple[Any, bool]:
+    """Return the tokenizer that an adapter was trained with, and whether it knows tokens that the base's does not."""
+    known = load_tokenizer(base)
+    if adapter is None or not (adapter / "tokenizer.json").is_file():
+        return known, False
+    chosen = _peft.read_config(adapter).get("trainable_token_indices")
+    own = load_tokenizer(adapter) if chosen else known
+    return (own, True) if len(own) > len(known) else (known, False)
+
+
+def _named_tokens(recipe: Recipe) -> list[str]:
+    known, new = recipe.chosen_tokens()
+    return [*known, *new]
 
 
 def _quantization(recipe: Recipe) -> Quantization | None:
@@ -214,16 +309,20 @@ def _sample(examples: Examples | None) -> list[Example]:
     return [examples[row] for row in range(min(16, len(examples)))] if examples is not None else []
 
 
-def _held_out_sample(recipe: Recipe, base: Path, rt: Runtime, log: Log) -> list[Example]:
+def _held_out_sample(recipe: Recipe, tokenizer: Any, rt: Runtime, log: Log) -> list[Example]:
     """Return held-out rows for a merge that is measured; none where they are not wanted or no longer there."""
     if recipe.quantization() == "none" or not recipe.data.holds_out():
         return []
-    tokenizer, train_on = load_tokenizer(base), recipe.objective.train_on
     try:
-        return _sample(prepare.run(recipe.data, train_on, tokenizer, rt, log.line, need_train=False).eval)
+        return _sample(_held_out(recipe, tokenizer, rt, log).eval)
     except InputError as error:
         log.line(f"merge: the held-out rows cannot be read: {error.lines[0]}")
         return []
+
+
+def _held_out(recipe: Recipe, tokenizer: Any, rt: Runtime, log: Log) -> Prepared:
+    on, spelled = recipe.objective.train_on, _named_tokens(recipe)
+    return prepare.run(recipe.data, on, tokenizer, rt, log.line, need_train=False, spelled=spelled)
 
 
 def _total_steps(recipe: Recipe, prepared: Prepared) -> int:
@@ -254,6 +353,8 @@ def _export(
     rt: Runtime,
     log: Log,
     sample: Sequence[Example],
+    merge_with: str,
+    tokenizer: Any | None,
 ) -> dict[str, Any]:
     """Export in the one process that writes; return the logit difference of each format after it was read back."""
     if not rt.is_main:
@@ -264,7 +365,7 @@ def _export(
         targets, model, method,
         base=base, base_name=str(base.resolve()) if local else recipe.model.base, revision=recipe.model.revision,
         stop_ids=stop_ids, card=card, facts={"model.base": base_fingerprint(base)},
-        settings=recipe.export, sample=sample, log=log.line,
+        settings=recipe.export, tokenizer=tokenizer, sample=sample, merge_with=merge_with, log=log.line,
     )  # fmt: skip
 
 

@@ -14,11 +14,13 @@ from typing import Literal
 
 from lora_cli.errors import InputError
 from lora_cli.models.safety import TINY, check_model_folder, check_tokenizer_folder
+from lora_cli.models.weight_files import read_header, read_json
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime.run_folder import OURS, RunFolder
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
+_A = {"adapter": "an adapter", "model": "a model"}
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -32,6 +34,7 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> l
         lambda: _check_data(recipe, "train"),
         lambda: _check_data(recipe, "eval") if recipe.data.eval is not None else None,
         lambda: _check_model(recipe),
+        lambda: _check_start(recipe, resume=resume),
         lambda: _check_output(recipe, resume=resume, overwrite=overwrite),
     )
 
@@ -73,6 +76,15 @@ def check_merge(target: Path, output: Path, recipe: Recipe) -> list[str]:
         lambda: _check_target(target, recipe),
         lambda: _check_new_folder(target, output, recipe),
     )
+
+
+def check_inspection(target: Path, recipe: Recipe) -> list[str]:
+    """Check a run, adapter or model that is to be inspected, and the base that it is compared with.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    return _run_all(lambda: _check_exported(target, recipe), lambda: _check_model(recipe))
 
 
 def kind_of(target: Path) -> Literal["run", "adapter", "model"]:
@@ -208,6 +220,32 @@ def _check_model(recipe: Recipe, *, needs_weights: bool = True) -> str:
         raise InputError([f"{place}: {line}" for line in error.lines]) from None
 
 
+def _check_start(recipe: Recipe, *, resume: bool) -> str | None:
+    name, place = recipe.init_from(), recipe.at("adapter.init_from")
+    if name is None:
+        return None
+    _check_name(place, name)
+    target = _expanded(place, name)
+    if not os.path.lexists(target):
+        reason = "; a run that began from it needs it to be resumed" if resume else ""
+        raise InputError(f"{place}: {name}: no such folder{_near_matches(Path(name))}{reason}")
+    folder = RunFolder(target).adapter()
+    if folder != target and not folder.is_dir():
+        raise InputError(f"{place}: {name}: the run has no adapter/ (finish it, with peft in export.formats)")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise InputError(
+                f"{place}: {name}: there is no {file} (give a PEFT adapter's folder, or a run's)"
+            )
+    output = _expanded(recipe.at("run.output"), recipe.run.output)
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(output)):
+        raise InputError(
+            f"{place}: {name} is in run.output, which this run writes (choose another run.output)"
+        )
+    kind = read_json(folder / "adapter_config.json").get("peft_type")
+    return f"adapter.init_from: {name}: an adapter ({kind})"
+
+
 def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
     name, place = recipe.run.output, recipe.at("run.output")
     _check_name(place, name)
@@ -268,6 +306,28 @@ def _check_target(target: Path, recipe: Recipe) -> str:
     if kind == "adapter" and recipe.at("model.base") == "model.base":
         raise InputError(f"{target}: is an adapter without its run (say what it adapts: model.base=...)")
     return f"{target}: {'a run' if kind == 'run' else 'an adapter'}; {_check_model(recipe)}"
+
+
+def _check_exported(target: Path, recipe: Recipe) -> str:
+    """Check that the target holds an adapter whose files can be read, or a model that can be told from its base."""
+    kind = kind_of(target)
+    if kind != "run" and recipe.at("model.base") == "model.base":
+        raise InputError(f"{target}: is {_A[kind]} without its run (say what was trained: model.base=...)")
+    folder = RunFolder(target).exported() if kind == "run" else target
+    if (folder / "adapter_config.json").is_file():
+        read_json(folder / "adapter_config.json")
+        read_header(folder / "adapter_model.safetensors")
+        return f"{folder}: an adapter"
+    if recipe.quantization() != "none":
+        raise InputError(
+            f"{target}: only a merged model was kept, in which the update cannot be told from what quantizing the base"
+            " changed (train with export.formats: [peft, merged])"
+        )
+    if (place := recipe.at("model.dtype")).startswith("override "):
+        raise InputError(
+            f"{place}: has no effect, weights are compared in the type of {folder} (leave it out)"
+        )
+    return f"{folder}: {check_model_folder(folder).summary}"
 
 
 def _check_new_folder(target: Path, output: Path, recipe: Recipe) -> str:

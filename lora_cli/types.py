@@ -6,7 +6,7 @@ trained of them) -> `Batch` (tensors). Everything else in this file is a stage's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -154,15 +154,29 @@ class Prepared:
     sources: tuple[SourceReport, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Where the documents of a packed sequence lie, one after the other."""
+
+    lengths: tuple[int, ...]
+    offsets: torch.Tensor  # (documents + 1,) int32: where each begins, and where the last ends
+
+
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch, right-padded. `labels[b, t]` is the token at t if it is trained, else IGNORED (not shifted)."""
+    """One micro-batch: right-padded rows, or with `documents` all of its rows in one sequence, (1, T), unpadded.
+
+    `labels[b, t]` is the token at t if it is trained, else IGNORED (not shifted). In a packed sequence the first token
+    of a document is IGNORED: nothing before it may predict it.
+    """
 
     input_ids: torch.Tensor  # (B, T) int64
-    attention_mask: torch.Tensor  # (B, T) int64, 1 = real token
+    attention_mask: torch.Tensor | None  # (B, T) int64, 1 = real token; None: packed
     labels: torch.Tensor  # (B, T) int64
     rows: tuple[int, ...]
     """Index of each row in the data set, so that a fault can be traced to it."""
+    position_ids: torch.Tensor | None = None  # (1, T) int64, from 0 in each document; None: padded
+    documents: Documents | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +185,22 @@ class Progress:
 
     step: int
     total_steps: int
+
+
+class StartSource(Protocol):
+    """What a method may ask for before it is placed in the model, where its start depends on more than a seed."""
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield batches of the training rows in the order of training, without end; the same in every process."""
+
+    def full_weight(self, path: str) -> torch.Tensor:
+        """Return the weight (out, in) of the linear layer at `path` as the base's files hold it, read at each call."""
+
+    def agree(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Overwrite each tensor with the main process's, so that all processes start alike."""
+
+    def resumed(self) -> Mapping[str, torch.Tensor] | None:
+        """Return the method's own state in the checkpoint that the run goes on from; None where it begins."""
 
 
 @dataclass(slots=True)

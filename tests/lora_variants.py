@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import peft
 import torch
-from small import make_model
+from small import make_model, make_rows
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lora_cli import adapters
 from lora_cli.adapters import Method
+from lora_cli.adapters._lora_embedding import LoraEmbedding
+from lora_cli.objectives._base import pad_batches
 from lora_cli.recipe.schema import LoraAdapter
+from lora_cli.types import Batch
 
 TARGETS = {
     "llama": ["q_proj", "down_proj"],
@@ -57,8 +64,28 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"init": "olora", "scaling": "rslora", "rank_pattern": {"FIRST": 6}, "alpha_pattern": {"FIRST": 5.0}},
         {},
     ),
+    "eva": ({"init": "eva"}, {}),
+    "eva, rslora, patterns": (
+        {"init": "eva", "scaling": "rslora", "rank_pattern": {"FIRST": 6}, "alpha_pattern": {"FIRST": 5.0}},
+        {},
+    ),
+    "eva, many ranks to few layers": ({"init": "eva", "rank": 1, "eva_rho": 8.0}, {}),
     "bias of adapters": ({"bias": "adapter"}, {"bias": "lora_only"}),
     "every bias": ({"bias": "all"}, {"bias": "all"}),
+    "embedding": ({"targets": ["FIRST", "EMBED"]}, {"target_modules": ["FIRST", "EMBED"]}),
+    "embedding, rslora, patterns": (
+        {"targets": ["FIRST", "EMBED"], "scaling": "rslora", "rank_pattern": {"EMBED": 6}},
+        {"target_modules": ["FIRST", "EMBED"], "use_rslora": True, "rank_pattern": {"EMBED": 6}},
+    ),
+    "embedding and head": (
+        {"targets": ["FIRST", "EMBED", "lm_head"], "init": "orthogonal"},
+        {"target_modules": ["FIRST", "EMBED", "lm_head"], "init_lora_weights": "orthogonal"},
+    ),
+    "tokens": ({"train_tokens": ["7", "90", "95"]}, {"trainable_token_indices": "TOKENS"}),
+    "tokens, norm, biases": (
+        {"train_tokens": ["90"], "train_also": ["NORM"], "bias": "adapter"},
+        {"trainable_token_indices": "TOKENS", "modules_to_save": ["NORM"], "bias": "lora_only"},
+    ),
     "norm": ({"train_also": ["NORM"]}, {"modules_to_save": ["NORM"]}),
     "norm, embedding, head": (
         {"train_also": ["NORM", "lm_head", "EMBED"]},
@@ -69,11 +96,41 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"modules_to_save": ["NORM"], "bias": "lora_only"},
     ),
 }
-FACTORS = [name for name in VARIANTS if "bias" not in name and "norm" not in name]
+FACTORS = [name for name in VARIANTS if not re.search("bias|norm|tokens", name)]
 CASES = [(name, kind) for name in FACTORS for kind in ("llama", "gpt2")]
 CASES += [(name, kind) for name in VARIANTS if name not in FACTORS for kind in ("qwen2", "gpt2")]
-CASES += [("pissa", "qwen2"), ("norm", "llama"), ("norm, embedding, head", "llama")]
+CASES += [(name, "qwen2") for name in FACTORS if "embedding" in name]
+CASES += [("pissa", "qwen2"), ("norm", "llama"), ("norm, embedding, head", "llama"), ("tokens", "llama")]
 """Every variant on layers that store (out, in) and (in, out); on both kinds of bias and of head besides."""
+
+
+class Source:
+    """What a start may ask for, from rows and models that are made up; `state` is that of a checkpoint."""
+
+    def __init__(self, architecture: str, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.full, self.state = make_model(architecture), state
+        rows = list(enumerate(make_rows(24)))
+        self.fixed = [
+            batch
+            for part in (rows[:8], rows[8:16], rows[16:])
+            for batch in pad_batches(part, tokens=4096, pad_id=0, device=torch.device("cpu"))
+        ]
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield three batches again and again."""
+        return itertools.cycle(self.fixed)
+
+    def full_weight(self, path: str) -> torch.Tensor:
+        """Return the float32 model's weight, (out, in)."""
+        layer = self.full.get_submodule(path)
+        return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
+
+    def agree(self, tensors: Sequence[torch.Tensor]) -> None:
+        """There is one process."""
+
+    def resumed(self) -> Mapping[str, torch.Tensor] | None:
+        """Return what was given."""
+        return self.state
 
 
 def settings(name: str, architecture: str, whose: int) -> dict[str, Any]:
@@ -82,6 +139,10 @@ def settings(name: str, architecture: str, whose: int) -> dict[str, Any]:
     for word, own in WORDS[architecture].items():
         text = text.replace(word, own)
     found: dict[str, Any] = json.loads(text)
+    if found.get("trainable_token_indices"):  # a head of its own is trained in the same rows
+        ids = [int(token) for token in VARIANTS[name][0]["train_tokens"]]
+        untied = {"embed_tokens": ids, "lm_head": ids}
+        found["trainable_token_indices"] = untied if architecture == "qwen2" else ids
     return found
 
 
@@ -89,9 +150,11 @@ def ours(
     name: str, architecture: str, dtype: torch.dtype = torch.float32, quantize: str | None = None
 ) -> tuple[PreTrainedModel, Method]:
     """Return a model with a variant in it, as a recipe would place it."""
-    block = LoraAdapter(rank=4, alpha=6.0, targets=TARGETS[architecture], **settings(name, architecture, 0))
+    chosen = {"rank": 4, "alpha": 6.0, "targets": TARGETS[architecture], **settings(name, architecture, 0)}
     model = make_model(architecture, dtype, quantize=quantize)
-    method = adapters.build(block, seed=1)
+    method = adapters.build(LoraAdapter(**chosen), seed=1)
+    method.learn_tokens(lambda names: [int(name) for name in names])
+    method.prepare(model, Source(architecture))
     method.inject(model)
     return model, method
 
@@ -108,6 +171,16 @@ def theirs(name: str, architecture: str) -> torch.nn.Module:
     values: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[architecture]}
     values |= settings(name, architecture, 1)
     return peft.get_peft_model(make_model(architecture), peft.LoraConfig(task_type="CAUSAL_LM", **values))
+
+
+def start_embeddings_alike(method: Method, other: torch.nn.Module) -> None:
+    """Give PEFT's adapters of embeddings our initial values."""
+    with torch.no_grad():
+        for path, layer in method.layers.items():
+            if isinstance(layer, LoraEmbedding):
+                module = other.get_submodule(f"base_model.model.{path}")
+                module.lora_embedding_A["default"].copy_(layer.lora_embedding_A)
+                module.lora_embedding_B["default"].copy_(layer.lora_embedding_B)
 
 
 def stir(parameters: Any) -> None:

@@ -65,16 +65,6 @@ def budget(step: int, schedule: Schedule, initial: int, target: int) -> int:
     return int(target + (initial - target) * rest**3)
 
 
-def is_rank_pattern(pattern: object, rank: object) -> bool:
-    """Say whether a JSON value is a list of `rank` booleans for each of some `lora_E`, or null."""
-    return pattern is None or (
-        isinstance(pattern, dict)
-        and all(name.endswith(".lora_E") and isinstance(rows, list) for name, rows in pattern.items())
-        and all(len(rows) == rank for rows in pattern.values())
-        and all(isinstance(row, bool) for rows in pattern.values() for row in rows)
-    )
-
-
 class Importance:
     """Averages over steps of every weight's sensitivity, and of how uncertain it is (section 3.2)."""
 

@@ -1,144 +1,22 @@
-"""What every adapter method shares: the wrapped linear layer, merging, and what a method may do.
+"""What every adapter method may do, and what it states: one file is one method, and this is its interface.
 
-    before                      after
-    q_proj: nn.Linear           q_proj: AdapterLinear
-                                  .base: nn.Linear, frozen
-                                  .lora_A, .lora_B, ...: float32, trained
-
-Shapes: `in`, `out` are the layer's features; weights are (out, in) whatever the base stores (GPT-2's Conv1D stores
-(in, out), a QuantizedLinear packed codes).
+The layers that it puts into the model are in `_layer.py`.
 """
 
 from __future__ import annotations
 
-import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters._targets import BASE_LINEARS, match_targets, short_names
+from lora_cli.adapters._layer import AdapterLinear as AdapterLinear
 from lora_cli.adapters._targets import BaseLinear as BaseLinear
+from lora_cli.adapters._targets import match_targets, short_names
+from lora_cli.adapters._targets import replace_module as replace_module
 from lora_cli.adapters._whole import TrainedModule
-from lora_cli.models.nf4 import QuantizedLinear
-from lora_cli.types import Progress
-
-
-class AdapterLinear(nn.Module, ABC):
-    """A frozen linear layer with an update beside it: (..., in) -> (..., out)."""
-
-    base: BaseLinear
-
-    def __init__(self, base: BaseLinear) -> None:
-        super().__init__()
-        self.base = base
-        self.enabled = True
-        """False: the layer computes exactly what the base does."""
-        self.bias: nn.Parameter | None = None
-        """Trained in place of the base's own where `train_bias` was called, (out,) float32."""
-        self._unmerged: Tensor | tuple[QuantizedLinear] | None = None
-        """While merged: the old weight, or the quantized base, in a tuple so that it is not registered."""
-        self._unmerged_bias: Tensor | None = None
-        self.device = next(itertools.chain(base.parameters(), base.buffers())).device
-        """Where the base is, and what a method adds to it must be."""
-        self.fan_in_fan_out = isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.conv1d)
-        """PEFT's name for a base whose weight is stored (in, out) on disk."""
-        if isinstance(base, QuantizedLinear):
-            self.in_features, self.out_features = base.in_features, base.out_features
-        else:
-            sizes = base.weight.shape if self.fan_in_fan_out else base.weight.shape[::-1]
-            self.in_features, self.out_features = sizes
-
-    @property
-    def merged(self) -> bool:
-        """True while the update stands in the base weight."""
-        return self._unmerged is not None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply base and update: (..., in) -> (..., out)."""
-        y: Tensor = self.base(x)
-        if not self.enabled or self.merged:
-            return y
-        y = self.adapt(x, y)
-        if self.bias is None or self.base.bias is None:
-            return y
-        return y + (self.bias - self.base.bias.float()).to(y.dtype)
-
-    def train_bias(self) -> bool:
-        """Train a copy of the base's bias, and return whether it has one."""
-        if self.base.bias is not None:
-            self.bias = nn.Parameter(self.base.bias.detach().float().clone())
-        return self.bias is not None
-
-    @abstractmethod
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the adapted output from the input (..., in) and the base's output (..., out)."""
-
-    @abstractmethod
-    def merged_weight(self) -> Tensor:
-        """Return base weight and update as one matrix, (out, in) float32; stated apart from `adapt` on purpose."""
-
-    @abstractmethod
-    def disk_tensors(self) -> dict[str, Tensor]:
-        """Return the trained tensors by their PEFT names, relative to the layer."""
-
-    def plain_factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return A (R, in) and B (out, R) float32 whose product B A is the whole update of the weight, its scale in B.
-
-        None where the update is no product of known factors; then it is `merged_weight` less `base_weight`.
-        """
-        return None
-
-    def base_weight(self) -> Tensor:
-        """Return the base's own weight as (out, in), in the base's dtype, without an update merged into it.
-
-        Of a quantized base it is the dequantized weight, made anew at each call.
-        """
-        if isinstance(self._unmerged, tuple):
-            return self._unmerged[0].dequantized()
-        if isinstance(self.base, QuantizedLinear):
-            return self.base.dequantized()
-        weight = self.base.weight if self._unmerged is None else self._unmerged
-        return weight.T if isinstance(self.base, Conv1D) else weight
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Put the update into the base weight, rounded once to its dtype; the old weight is kept for `unmerge`.
-
-        A quantized base is replaced by a dense layer: quantized again, the weight would lose most of a small update.
-        """
-        assert not self.merged
-        weight = self.merged_weight()
-        if isinstance(self.base, QuantizedLinear):
-            self._unmerged, self.base = (self.base,), self.base.dense(weight)
-            if self.bias is not None:
-                # Not copied into the dense layer's bias, which is the quantized one's own.
-                self.base.bias = nn.Parameter(
-                    self.bias.detach().to(self.base.weight.dtype), requires_grad=False
-                )
-            return
-        self._unmerged = self.base.weight.detach().clone()
-        if self.bias is not None:
-            self._unmerged_bias = self.base.bias.detach().clone()
-            self.base.bias.copy_(self.bias)
-        self.base.weight.copy_(weight.T if isinstance(self.base, Conv1D) else weight)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore the base weight bit for bit."""
-        assert self._unmerged is not None
-        if isinstance(self._unmerged, tuple):
-            (self.base,) = self._unmerged
-        else:
-            assert not isinstance(self.base, QuantizedLinear)
-            self.base.weight.copy_(self._unmerged)
-            if self._unmerged_bias is not None:
-                self.base.bias.copy_(self._unmerged_bias)
-        self._unmerged, self._unmerged_bias = None, None
+from lora_cli.types import Progress, StartSource
 
 
 class OptimizerState(Protocol):
@@ -148,7 +26,10 @@ class OptimizerState(Protocol):
     """The float32 weights that are updated, by the names of `Method.trainable`; `.grad` is the step's gradient."""
 
     def moments(self, name: str) -> dict[str, Tensor]:
-        """Return AdamW's `exp_avg` and `exp_avg_sq` of a weight, to change in place; empty before its first step."""
+        """Return AdamW's `exp_avg` and `exp_avg_sq` of a weight, for `set_moments`; empty before its first step."""
+
+    def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
+        """Store what `moments` returned and was then changed in place."""
 
 
 class Method:
@@ -162,10 +43,18 @@ class Method:
     """Where the targets were written, for messages."""
     layers: dict[str, AdapterLinear]
 
+    keep_masters: bool = True
+    """False: a trained bfloat16 weight has no float32 master and is rounded stochastically."""
+
     peft_type: ClassVar[str] = ""
     """PEFT's name of the method in adapter_config.json; empty where PEFT has none."""
+    adapts_embeddings: ClassVar[bool] = False
+    """True: a target may be an embedding that is a plain lookup."""
     disk_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of adapter_config.json that `from_disk_config` takes into account; all others must be neutral."""
+    start_keys: ClassVar[Mapping[str, str]] = {}
+    """Keys of the recipe that an adapter settles from which a run starts, and how the two are compared: by `value`, by
+    what they come to on the model's `modules`, or not at all (`free`: the recipe may say otherwise)."""
 
     def __init__(self) -> None:
         self.layers = {}
@@ -174,12 +63,20 @@ class Method:
         self.disk_targets: list[str] = []
         """The shortest `target_modules` that names exactly the injected layers."""
 
+    def learn_tokens(self, ids_of: Callable[[Sequence[str]], list[int]]) -> None:
+        """Learn the ids of tokens that the settings name, before `inject`."""
+
     def plan(self, total_steps: int) -> None:
         """Learn how many steps the run has, before anything is written.
 
         Raises:
             InputError: a schedule of the method's own does not fit into them.
         """
+
+    def prepare(self, model: PreTrainedModel, source: StartSource) -> list[str]:
+        """Learn from the base, the rows or a checkpoint how to start, before `inject`; return lines for the log."""
+        del model, source
+        return []
 
     def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
         """Freeze the base, put a layer around each target, and return the layers by module path.
@@ -189,28 +86,39 @@ class Method:
         """
         model.requires_grad_(False)
         paths = self.target_paths(model)
-        self.disk_targets = short_names(model, paths)
+        self.disk_targets = short_names(model, paths, embeddings=self.adapts_embeddings)
         for path in paths:
             base = model.get_submodule(path)
-            assert isinstance(base, BASE_LINEARS)
-            self.layers[path] = self.make_layer(path, base)
+            make = self.make_embedding if isinstance(base, nn.Embedding) else self.make_layer
+            self.layers[path] = make(path, base)  # type: ignore[arg-type]
             replace_module(model, path, self.layers[path])
         return self.layers
 
     def target_paths(self, model: PreTrainedModel) -> list[str]:
-        """Return the paths of the linear layers that get an adapter, in the model's order.
+        """Return the paths of the layers that get an adapter, in the model's order.
 
         Raises:
-            InputError: a target matches no linear layer.
+            InputError: a target matches no layer that the method adapts.
         """
-        return match_targets(model, self.targets, where=self.targets_key)
+        return match_targets(model, self.targets, where=self.targets_key, embeddings=self.adapts_embeddings)
+
+    def layout(self, model: PreTrainedModel) -> dict[str, dict[str, object]]:
+        """Return what keys come to on a model without adapters, by key and module path: spellings compare equal."""
+        return {"targets": dict.fromkeys(self.target_paths(model), "an adapter")}
 
     def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return the initialised layer for the base at `path`."""
         raise AssertionError(f"{type(self).__name__} makes no layers")
 
+    def continue_training(self) -> None:
+        """Make an adapter that was read one that can be trained on; what it computes stays the same."""
+
+    def make_embedding(self, path: str, base: nn.Embedding) -> AdapterLinear:
+        """Return the initialised layer for the embedding at `path`; only asked of a method that adapts them."""
+        raise AssertionError(path)
+
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters the optimizer updates, `<module>.<tensor>`."""
+        """Return the parameters the optimizer updates, `<module>.<tensor>`; they may be others after `after_step`."""
         found = {
             id(parameter): (f"{path}.{name}", parameter)
             for path, placed in reversed(self.placed().items())
@@ -228,6 +136,11 @@ class Method:
         del name
         return 1.0
 
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Say whether weight decay acts on a parameter of `trainable`: not on those that begin as the base's own."""
+        del name
+        return parameter.dim() > 1  # biases, norms and row lengths are vectors
+
     def schedule_factor(self, step: int) -> float:
         """Return a factor of the learning rate of all parameters at a step, counted from 0."""
         del step
@@ -243,6 +156,10 @@ class Method:
     def report(self) -> list[str]:
         """Return lines on what the method came to, to be logged after the last step."""
         return []
+
+    def note(self) -> str:
+        """Return what a user of the exported adapter must know, for the log and the model card; empty: nothing."""
+        return ""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs besides the trained parameters and the optimizer's state."""
@@ -274,16 +191,15 @@ class Method:
         return bool(cls.peft_type) and config.get("peft_type") == cls.peft_type
 
     @classmethod
-    def from_disk_config(cls, config: Mapping[str, Any], where: str) -> Method:
-        """Return the method that an adapter_config.json describes, ready to inject; `where` heads a message.
+    def disk_settings(cls, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return the constructor's arguments that an adapter_config.json holds; `where` heads a message.
 
         Raises:
             InputError: a setting is missing, of the wrong type, or not supported.
         """
         raise AssertionError(f"{cls.__name__} has no disk format")
 
-
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path` of the model."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    @classmethod
+    def from_disk_config(cls, config: Mapping[str, Any], where: str, **changes: Any) -> Method:
+        """Return the method that an adapter_config.json describes, but for `changes`, ready to inject."""
+        raise AssertionError(f"{cls.__name__} has no disk format")

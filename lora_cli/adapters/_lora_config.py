@@ -1,11 +1,13 @@
-"""LoRA's part of PEFT's adapter_config.json, from the file to the method's settings."""
+"""LoRA's part of PEFT's adapter_config.json, from the file to the method's settings and back."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lora_cli.adapters import _lora_patterns, _peft
+from lora_cli.adapters._base import AdapterLinear
 
 KEYS = frozenset(
     {
@@ -21,9 +23,17 @@ KEYS = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "modules_to_save",
+        "eva_config",  # how a start was computed that is in the tensors
+        "trainable_token_indices",
     }
 )
 """What `read` takes into account."""
+
+START_KEYS: Mapping[str, str] = {
+    **dict.fromkeys(("rank", "alpha", "scaling", "bias"), "value"),
+    **dict.fromkeys(("targets", "layers", "rank_pattern", "alpha_pattern", "train_also"), "modules"),
+}
+"""What a recipe's keys have to do with an adapter that a run starts from; see `Method.start_keys`."""
 
 BIASES = {"none": "none", "adapter": "lora_only", "all": "all"}
 """Our names of which biases are trained, and PEFT's."""
@@ -47,9 +57,13 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             _are_names(config.get("modules_to_save"))
             and not (config.get("modules_to_save") and config.get("bias") == "all"),
         ),
+        trainable_token_indices=(
+            "different tokens, or a list of them for each of some modules",
+            _are_tokens(config.get("trainable_token_indices")),
+        ),
         init_lora_weights=(
             "a start that leaves the base as it is",
-            config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal"),
+            config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva"),
         ),
         use_rslora=("true or false", isinstance(config.get("use_rslora", False), bool)),
         rank_pattern=(
@@ -85,6 +99,33 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def written(
+    ranks: tuple[int, Mapping[str, int]],
+    alphas: tuple[float, Mapping[str, float]],
+    layers: Mapping[str, AdapterLinear],
+    times: int,
+    rslora: bool,
+) -> dict[str, Any]:
+    """Return PEFT's keys for ranks and alphas, each with its pattern; a whole alpha is written as an integer.
+
+    `times` is how many times the rank the layers have on disk; alpha is raised so that the scale stays.
+    """
+    raised = math.sqrt(times) if rslora else times
+    by_layer = [_lora_patterns.lasting(pattern, list(layers)) for _, pattern in (ranks, alphas)]
+    return {
+        "r": ranks[0] * times,
+        "lora_alpha": whole(alphas[0] * raised),
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "init_lora_weights": True,
+        "use_dora": False,
+        "use_rslora": rslora,
+        "rank_pattern": {key: rank * times for key, rank in by_layer[0].items()},
+        "alpha_pattern": {key: whole(alpha * raised) for key, alpha in by_layer[1].items()},
+        "layers_to_transform": None,  # target_modules names exactly the adapted layers
+        "layers_pattern": None,
+    }
+
+
 def layer_names(config: Mapping[str, Any]) -> list[str]:
     """Return the names that stand before the number of a decoder layer; none: any name may."""
     names = config.get("layers_pattern") or []
@@ -99,6 +140,14 @@ def whole(alpha: float) -> float:
 def _are_names(value: object) -> bool:
     return value is None or (
         isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    )
+
+
+def _are_tokens(value: object) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(_are_tokens(ids) and ids for ids in value.values())
+    return value is None or (
+        isinstance(value, list) and all(map(_peft.is_integer, value)) and len({*value}) == len(value)
     )
 
 

@@ -15,6 +15,11 @@ from torch.nn import functional as F
 from lora_cli.adapters._base import AdapterLinear, BaseLinear
 
 
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """Return what B A is multiplied by; rslora: arXiv 2312.03732, theorem 3.2."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 class LoraLinear(AdapterLinear):
     """A linear layer with a rank-r update: (..., in) -> (..., out)."""
 
@@ -22,7 +27,7 @@ class LoraLinear(AdapterLinear):
         self, base: BaseLinear, *, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False
     ) -> None:
         super().__init__(base)
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)  # rslora: arXiv 2312.03732, theorem 3.2
+        self.scale = scale_of(alpha, rank, rslora)
         self.dropout = dropout
         self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=self.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.device))
@@ -70,39 +75,46 @@ class ShiftedLoraLinear(LoraLinear):
     original stays, and the difference is taken as (B - B0) A + B0 (A - A0), in float32 before anything is rounded: it
     is exactly zero at the start, and a small one stays precise in bfloat16. It costs A0 and B0 in memory and products
     of rank 2 r, and stands on disk as a plain LoRA of rank 2 r. Dropout acts on the difference alone.
+
+    With `frozen_a`, A is A0 for good: the difference is (B - B0) A, of rank r, and A0 is not kept a second time.
     """
 
+    frozen_a = False
     initial_A: Tensor
     initial_B: Tensor
 
     def start_from(self, a: Tensor, b: Tensor) -> None:
         """Set A (r, in) and B (out, r), and keep them as A0 and B0."""
         super().start_from(a, b)
-        self.register_buffer("initial_A", self.lora_A.detach().clone())
+        if not self.frozen_a:
+            self.register_buffer("initial_A", self.lora_A.detach().clone())
         self.register_buffer("initial_B", self.lora_B.detach().clone())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (2r, in) and (out, 2r), float32, whose product is B A - B0 A0."""
+        """Return (2r, in) and (out, 2r), float32, whose product is B A - B0 A0; with A frozen (r, in) and (out, r)."""
+        if self.frozen_a:
+            return self.lora_A, self.lora_B - self.initial_B
         a = torch.cat([self.lora_A, self.lora_A - self.initial_A])
         return a, torch.cat([self.lora_B - self.initial_B, self.initial_B], dim=1)
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the scaled difference to the base's output: (..., in), (..., out) -> (..., out)."""
         a, b = self.factors()
-        h = F.linear(F.dropout(x, self.dropout, self.training), a.to(x.dtype))  # (..., 2r)
+        h = F.linear(F.dropout(x, self.dropout, self.training), a.to(x.dtype))  # (..., 2r), or (..., r)
         return y + F.linear(h * self.scale, b.to(x.dtype))
 
     def merged_weight(self) -> Tensor:
         """Return W + scale (B A - B0 A0), (out, in) float32."""
-        shift = self.lora_B @ self.lora_A - self.initial_B @ self.initial_A
+        first = self.lora_A if self.frozen_a else self.initial_A
+        shift = self.lora_B @ self.lora_A - self.initial_B @ first
         return self.base_weight().float() + self.scale * shift
 
     def disk_tensors(self) -> dict[str, Tensor]:
-        """Return a plain LoRA of twice the rank on the original base."""
+        """Return a plain LoRA of twice the rank on the original base; of the rank itself where A is frozen."""
         a, b = self.factors()
         return {"lora_A.weight": a, "lora_B.weight": b}
 
     def plain_factors(self) -> tuple[Tensor, Tensor]:
-        """Return A (2r, in) and B (out, 2r) float32 whose product B A is the whole update, the scale in B."""
+        """Return the difference's factors, float32, the scale in the second."""
         a, b = self.factors()
         return a.detach(), b.detach() * self.scale

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lora_cli.adapters._base import Method
 from lora_cli.errors import InputError
+from lora_cli.models.nf4 import QuantizedLinear
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -141,6 +142,19 @@ def is_number(value: object, *, above: float = -1e-30, below: float = float("inf
     return isinstance(value, int | float) and not isinstance(value, bool) and above < value < below
 
 
+def method_of(kind: type[Method], config: Mapping[str, Any], folder: Path, **changes: Any) -> Method:
+    """Return the method that the settings of `folder` describe, but for `changes`, ready to inject.
+
+    Raises:
+        InputError: a setting is missing, of the wrong type, or not supported.
+    """
+    where = str(folder / CONFIG_FILE)
+    require_neutral(where, config, kind.disk_keys)
+    method = kind.from_disk_config(config, where, **changes)
+    method.targets_key = f"{where}: target_modules"
+    return method
+
+
 def fill(folder: Path, method: Method) -> None:
     """Copy the tensors of an adapter folder into the injected method; names and shapes must agree exactly.
 
@@ -148,6 +162,7 @@ def fill(folder: Path, method: Method) -> None:
         InputError: a tensor is missing, unexpected, of another shape, or not finite.
     """
     tensors, wanted = _read_tensors(folder), places(method)
+    _drop_base_weights(folder, method, tensors)
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unexpected:
         parts = [f"missing tensors: {len(missing)}, first {missing[0]}"] if missing else []
@@ -169,6 +184,26 @@ def fill(folder: Path, method: Method) -> None:
     with torch.no_grad():
         for name, place in wanted.items():
             place.copy_(tensors[name])
+
+
+def _drop_base_weights(folder: Path, method: Method, tensors: dict[str, Tensor]) -> None:
+    """Drop the base weights that PEFT stores with the adapter of an embedding or a head.
+
+    Raises:
+        InputError: one is not the base's, to the precision of the coarser of both types.
+    """
+    for path, layer in method.layers.items():
+        name = f"{PREFIX}{path}.base_layer.weight"
+        if name not in tensors or isinstance(layer.base, QuantizedLinear):
+            continue
+        stored, own = tensors.pop(name), layer.base.weight.detach().cpu()
+        if stored.shape != own.shape or not (
+            torch.equal(stored.to(own.dtype), own) or torch.equal(own.to(stored.dtype), stored)
+        ):
+            raise InputError(
+                f"{folder}: holds a weight of {path} that is not the base's (was it trained on another one, or on one"
+                " whose vocabulary was resized?)"
+            )
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -57,6 +57,10 @@ class TrainedModule(nn.Module):
             return self.base(*args, **kwargs)
         return functional_call(self.base, self._cast(), args, kwargs)
 
+    def base_tensor(self, name: str) -> Tensor:
+        """Return what of the base a trained parameter stands in for."""
+        return self.base.get_parameter(name)
+
     def disk_tensors(self) -> dict[str, Tensor]:
         """Return the trained values by the names of the base's parameters."""
         return dict(self.named_parameters(recurse=False))
@@ -167,6 +171,16 @@ def wrap(
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, whole[path])
     return whole
+
+
+def tie_equal(whole: Mapping[str, TrainedModule]) -> None:
+    """Train as one from here on what has one parameter in the base and equal values."""
+    made: dict[int, nn.Parameter] = {}
+    for module in whole.values():
+        for name, own in list(module.named_parameters(recurse=False)):
+            first = made.setdefault(id(module.base.get_parameter(name)), own)
+            if torch.equal(first, own):
+                module.register_parameter(name, first)
 
 
 def _require_leaf(path: str, module: nn.Module, where: str) -> None:

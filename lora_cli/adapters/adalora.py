@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lora_cli.adapters import _peft
-from lora_cli.adapters._adalora_budget import Importance, Schedule, budget, is_rank_pattern, settle_schedule
+from lora_cli.adapters import _adalora_config
+from lora_cli.adapters._adalora_budget import Importance, Schedule, budget, settle_schedule
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method, OptimizerState
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
@@ -100,6 +100,16 @@ class AdaLoraLinear(AdapterLinear):
         return tensors["lora_A"], tensors["lora_B"] * (self.scale * tensors["lora_E"]).T
 
     @torch.no_grad()
+    def widen(self, rows: Tensor, seed: int) -> None:
+        """Put the triplets back where they stood among len(rows), and fresh ones with an entry of 0 between them."""
+        held = {name: getattr(self, name).detach() for name in TENSORS}
+        for name, size in (("lora_A", (len(rows), self.in_features)), ("lora_E", (len(rows), 1))):
+            setattr(self, name, nn.Parameter(held[name].new_zeros(size)))
+        self.lora_B = nn.Parameter(held["lora_B"].new_zeros(self.out_features, len(rows)))
+        self.reset(seed)
+        self.lora_A[rows], self.lora_E[rows], self.lora_B[:, rows] = (held[name] for name in TENSORS)
+
+    @torch.no_grad()
     def prune(self) -> None:
         """Set the entries of E that were not kept to zero."""
         if self.kept is not None:
@@ -110,10 +120,8 @@ class AdaLora(Method):
     """AdaLoRA on the layers that `targets` names: from `initial_rank` each to `target_rank` on average."""
 
     peft_type = "ADALORA"
-    disk_keys = frozenset(
-        "r init_r target_r lora_alpha lora_dropout target_modules bias init_lora_weights total_step tinit tfinal"
-        " deltaT beta1 beta2 orth_reg_weight rank_pattern".split()
-    )
+    disk_keys = _adalora_config.KEYS
+    start_keys = _adalora_config.START_KEYS
     layers: dict[str, AdaLoraLinear]  # type: ignore[assignment]
 
     def __init__(
@@ -169,6 +177,17 @@ class AdaLora(Method):
         )
         layer.reset(stream_seed(self.seed, "adapter", path))
         return layer
+
+    def continue_training(self) -> None:
+        """Give every layer `initial_rank` triplets again, so that the budget can move between layers as at the start.
+
+        An adapter on disk has lost its pruned triplets, and with them the room that another layer may have come to
+        need. Fresh ones, those of a new adapter at the same places, begin at Lambda = 0: the function is unchanged.
+        """
+        for path, kept in self.pattern.items():
+            layer = self.layers[path]
+            layer.widen(torch.tensor(kept, device=layer.device), stream_seed(self.seed, "adapter", path))
+        self.pattern = {}
 
     def penalty(self) -> Tensor | None:
         """Return the weighted mean of ||P'P - I|| and ||QQ' - I|| over all matrices, 0-d float32 (section 3.1)."""
@@ -263,33 +282,15 @@ class AdaLora(Method):
         }
 
     @classmethod
-    def from_disk_config(cls, config: Mapping[str, Any], where: str) -> AdaLora:
+    def disk_settings(cls, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return the constructor's arguments that an adapter_config.json holds."""
+        return _adalora_config.read(config, where)
+
+    @classmethod
+    def from_disk_config(cls, config: Mapping[str, Any], where: str, **changes: Any) -> AdaLora:
         """Return the method that an adapter_config.json describes; its layers have the ranks of the pattern."""
+        method = cls(**cls.disk_settings(config, where) | changes)
         pattern = config.get("rank_pattern")
-        rules = {
-            name: (f"an integer of at least {least}", _peft.is_integer(config.get(name), least=least))
-            for name, least in (
-                ("init_r", 1), ("target_r", 0), ("total_step", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)
-            )
-        }  # fmt: skip
-        for beta in ("beta1", "beta2"):
-            rules[beta] = ("between 0 and 1", _peft.is_number(config.get(beta), above=0.0, below=1.0))
-        _peft.require(
-            where,
-            config,
-            lora_alpha=("a positive number", _peft.is_number(config.get("lora_alpha"), above=0.0)),
-            lora_dropout=("0 to 1", _peft.is_number(config.get("lora_dropout", 0.0), below=1.0)),
-            orth_reg_weight=("at least 0", _peft.is_number(config.get("orth_reg_weight"))),
-            bias=("none", config.get("bias", "none") == "none"),
-            init_lora_weights=("true or false", isinstance(config.get("init_lora_weights", True), bool)),
-            rank_pattern=("lists of init_r true or false", is_rank_pattern(pattern, config.get("init_r"))),
-            **rules,
-        )
-        method = cls(
-            initial_rank=config["init_r"], target_rank=config["target_r"], alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0), targets=config["target_modules"],
-            beta1=config["beta1"], beta2=config["beta2"], orthogonal_weight=config["orth_reg_weight"],
-        )  # fmt: skip
         method.schedule = Schedule(config["total_step"], config["tinit"], config["tfinal"], config["deltaT"])
         method.pattern = {name.removesuffix(".lora_E"): rows for name, rows in (pattern or {}).items()}
         return method

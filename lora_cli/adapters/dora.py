@@ -17,7 +17,7 @@ the length sees what the base computed, and no second product with W is needed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,11 @@ class DoraLinear(LoraLinear):
     def plain_factors(self) -> None:
         """Return nothing: the lengths act on the base's weight too, so the update has no low rank."""
 
+    def bounded_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) of m / ||W + s B A|| s B A; the rest of the update is a part of each row."""
+        length = (self.lora_magnitude_vector / self.row_norm()).detach()[:, None]
+        return self.lora_A.detach(), self.lora_B.detach() * (self.scale * length)
+
     def _row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield W in blocks of whole rows, float32."""
         weight = self.base_weight().detach()
@@ -151,6 +156,9 @@ class Dora(Lora):
     disk_keys = frozenset(
         {"r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights", "use_dora"}
     )
+    adapts_embeddings = False
+
+    start_keys: ClassVar[Mapping[str, str]] = {"rank": "value", "alpha": "value", "targets": "modules"}
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Full fine-tuning: the model's own weights are trained, all or those a pattern names; there is no adapter.
 
-bfloat16 weights are updated through float32 masters (`runtime/optim.py`), so that small updates are not rounded away.
+bfloat16 weights are updated through float32 masters, or rounded stochastically (`runtime/optim.py`), so that small
+updates are not rounded away.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from lora_cli.errors import InputError
 class Full(Method):
     """Train `parameters`: `all`, or those whose whole name the regular expression matches."""
 
-    def __init__(self, *, parameters: str = "all", seed: int = 0) -> None:
+    def __init__(self, *, parameters: str = "all", masters: str = "float32", seed: int = 0) -> None:
         super().__init__()
         del seed
-        self.parameters = parameters
+        self.parameters, self.keep_masters = parameters, masters == "float32"
 
     def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
         """Choose the trained parameters; no layer is wrapped.

@@ -1,16 +1,19 @@
 """ReLoRA: LoRA merged and restarted, so that the sum of its updates outgrows the rank of one (arXiv 2307.05695).
 
     W x + P x + s B A x,   every T steps:   P += s B A,   A drawn anew,   B = 0        algorithm 1; s = alpha / rank
+    W x + P x              in the first `warm_start_steps`: P is trained itself        section 3, "warm start"
 
 At a restart most of the optimizer state of A and B is zeroed, and the learning rate climbs again from near zero to
-where the ordinary schedule stands: the jagged schedule of section 3. Starting from a trained model is the paper's
-full-rank warm start; a base that is not one can be trained first with `method: full`.
+where the ordinary schedule stands: the jagged schedule of section 3. The full-rank warm start is for a base that is
+hardly trained, or for data far from what it was trained on. It trains the target layers, as the cycles do, where the
+paper trains all weights. At its end the moments of P are released, and the learning rate climbs as after a restart.
 
 Where we depart from the paper, and why:
 
 - P stays beside the base, as float32 factors of all merges so far, instead of being added to W. The base keeps its
   bits, so that the unadapted model is still there to compare with. Nothing is rounded at a merge either: in bfloat16
-  W + P would lose every part of P below 1/256 of its weight, and a quantized base would have to be requantized.
+  W + P would lose every part of P below 1/256 of its weight, and a quantized base would have to be requantized. After a
+  warm start, and once the factors would be wider than the layer's smaller side, P is one float32 matrix.
 - One mask zeroes both moments of an entry, where the authors' code masks each by its own size. A first moment that
   outlives its second would be divided by nearly nothing and make a leap.
 - AdamW's step count runs on, as in the authors' code: zeroed moments then make a first step about 3 times too long
@@ -19,8 +22,9 @@ Where we depart from the paper, and why:
 Memory: A and B with gradient and moments, 16 bytes a parameter, as LoRA; and P, 4 bytes times the parameters of one
 adapter for each restart, on the device and in a checkpoint. 3 restarts at rank 16 cost a (4096, 4096) layer 1.6 MB,
 where P as a float32 matrix would cost 67 MB. A step computes a frozen update of rank `restarts x rank` besides: 2 % of
-such a layer's product. Once P's factors would be wider than the layer's smaller side, they are multiplied out and stay
-that wide: then P costs up to twice a float32 matrix, and that many restarts are better spent on a higher rank.
+such a layer's product. As a matrix P costs 4 bytes a weight of the layer, 2 more in a bfloat16 pass, and a second
+product like the base's own; that many restarts are better spent on a higher rank. In the warm start it has a gradient
+and moments besides, 16 bytes a weight: the memory of full fine-tuning, which is the peak of the run.
 """
 
 from __future__ import annotations
@@ -30,11 +34,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from lora_cli.adapters import _portable
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method, OptimizerState
-from lora_cli.adapters._low_rank import LoraLinear
-from lora_cli.adapters.lora import Lora
+from lora_cli.adapters._relora_layer import ReloraLinear
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
 from lora_cli.types import Progress
@@ -43,56 +46,11 @@ CYCLES = 4
 """Cycles of a run that does not say `restart_every`."""
 
 
-class ReloraLinear(LoraLinear):
-    """A linear layer with a live rank-r update and the sum of those merged before: (..., in) -> (..., out)."""
-
-    past_A: Tensor  # (R, in) float32, R = 0 before the first restart
-    past_B: Tensor  # (out, R) float32, with the scale in it
-
-    def __init__(self, base: BaseLinear, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
-        super().__init__(base, rank=rank, alpha=alpha, dropout=dropout)
-        self.register_buffer("past_A", self.lora_A.new_empty(0, self.in_features), persistent=False)
-        self.register_buffer("past_B", self.lora_B.new_empty(self.out_features, 0), persistent=False)
-
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add what was merged, without dropout, and the live update: (..., in), (..., out) -> (..., out)."""
-        if len(self.past_A):
-            y = y + F.linear(F.linear(x, self.past_A.to(x.dtype)), self.past_B.to(x.dtype))
-        return super().adapt(x, y)
-
-    def merged_weight(self) -> Tensor:
-        """Return W + P + scale B A, (out, in) float32."""
-        return super().merged_weight() + self.past_B @ self.past_A
-
-    def disk_tensors(self) -> dict[str, Tensor]:
-        """Fail: A and B without what was merged before are not the update; see `Relora.as_peft`."""
-        raise AssertionError("ReLoRA has no disk format of its own")
-
-    @torch.no_grad()
-    def restart(self, seed: int) -> None:
-        """Merge the live update into the past one and draw a new A; what the layer computes stays the same."""
-        past_a, past_b = self.plain_factors()
-        narrow = min(self.in_features, self.out_features)
-        if len(past_a) > narrow:
-            delta, unit = past_b @ past_a, torch.eye(narrow, device=past_a.device)
-            past_b, past_a = (unit, delta) if self.out_features == narrow else (delta, unit)
-        self.past_B, self.past_A = past_b, past_a
-        self.reset(seed)
-
-    @torch.no_grad()
-    def plain_factors(self) -> tuple[Tensor, Tensor]:
-        """Return the whole update, past and live, as A (R, in) and B (out, R); a live one of zero is left out."""
-        if len(self.past_A) and not bool(self.lora_B.any()):
-            return self.past_A, self.past_B
-        a, b = (
-            torch.cat([self.past_A, self.lora_A]),
-            torch.cat([self.past_B, self.scale * self.lora_B], dim=1),
-        )
-        return a, b
-
-
 class Relora(Method):
-    """LoRA restarted every `restart_every` steps, also at the run's last step: a restart depends on the step alone."""
+    """LoRA restarted every `restart_every` steps, also at the run's last step: a restart depends on the step alone.
+
+    The steps are counted from the end of the warm start.
+    """
 
     def __init__(
         self,
@@ -105,6 +63,7 @@ class Relora(Method):
         restart_warmup: int | None = None,
         reset: str = "magnitude",
         reset_fraction: float = 0.9,
+        warm_start_steps: int = 0,
         export_rank: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -113,6 +72,7 @@ class Relora(Method):
         self.targets, self.seed, self.export_rank = targets, seed, export_rank
         self.reset, self.reset_fraction = reset, 1.0 if reset == "zero" else reset_fraction
         self.restart_every, self.restart_warmup = restart_every, restart_warmup
+        self.warm_start_steps = warm_start_steps
         self.every, self.warmup = 0, 0
         """The two as settled by `plan`."""
         self.restarts = 0
@@ -121,15 +81,24 @@ class Relora(Method):
         """Settle when to restart.
 
         Raises:
-            InputError: the run has no restart before its last step, or a re-warm-up is longer than a cycle.
+            InputError: the warm start is as long as the run, the run has no restart before its last step, or a
+                re-warm-up is longer than a cycle.
         """
-        every = math.ceil(total_steps / CYCLES) if self.restart_every is None else self.restart_every
-        warmup = every // 10 if self.restart_warmup is None else self.restart_warmup
-        if every >= total_steps:
-            found = every if self.restart_every is not None else f"null, which gives {every}"
+        warm = self.warm_start_steps
+        if warm >= total_steps:
             raise InputError(
-                f"adapter.restart_every: found {found}, but the run has {total_steps} steps: no restart would come"
-                " before its end (train longer, restart earlier, or use method: lora)"
+                f"adapter.warm_start_steps: found {warm}, but the run has {total_steps} steps: no low-rank step would"
+                " be left (train longer, warm up for less, or use method: full)"
+            )
+        low_rank = total_steps - warm
+        every = math.ceil(low_rank / CYCLES) if self.restart_every is None else self.restart_every
+        warmup = every // 10 if self.restart_warmup is None else self.restart_warmup
+        if every >= low_rank:
+            found = every if self.restart_every is not None else f"null, which gives {every}"
+            left = f", {low_rank} of them after adapter.warm_start_steps {warm}" if warm else ""
+            raise InputError(
+                f"adapter.restart_every: found {found}, but the run has {total_steps} steps{left}: no restart would"
+                " come before its end (train longer, restart earlier, or use method: lora)"
             )
         if warmup >= every:
             raise InputError(
@@ -142,18 +111,26 @@ class Relora(Method):
         """Return a ReloraLinear whose first A is that of LoRA: a function of seed and path."""
         layer = ReloraLinear(base, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
         layer.reset(stream_seed(self.seed, "adapter", path))
+        if self.warm_start_steps:
+            layer.warm_start()
         return layer
 
     def schedule_factor(self, step: int) -> float:
         """Return 1, or the part of the learning rate that the re-warm-up has reached."""
         assert self.every
-        since = step % self.every if step >= self.every else self.warmup
+        low_rank = step - self.warm_start_steps
+        first = self.every if self.warm_start_steps == 0 else 0
+        since = low_rank % self.every if low_rank >= first else self.warmup
         return min((since + 1) / (self.warmup + 1), 1.0)
 
     def after_step(self, optimizer: OptimizerState, progress: Progress) -> None:
-        """Restart all layers at the end of a cycle."""
+        """Restart all layers at the end of a cycle; at the end of the warm start, begin the first."""
         assert self.every
-        if (progress.step + 1) % self.every:
+        low_rank = progress.step + 1 - self.warm_start_steps
+        if low_rank == 0:
+            for layer in self._layers().values():
+                layer.end_warm_start()
+        if low_rank <= 0 or low_rank % self.every:
             return
         self.restarts += 1
         for path, layer in self._layers().items():
@@ -161,42 +138,37 @@ class Relora(Method):
                 moments = optimizer.moments(f"{path}.{name}")
                 seed = stream_seed(self.seed, "reset", f"{path}.{name}", self.restarts)
                 prune(moments, self.reset_fraction, seed if self.reset == "random" else None)
+                optimizer.set_moments(f"{path}.{name}", moments)
             layer.restart(stream_seed(self.seed, "restart", path, self.restarts))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the number of restarts and, after the first, the factors of what was merged, float32."""
+        """Return the number of restarts and what was merged, float32: nothing before the end of the first cycle."""
         state = {"restarts": torch.tensor(self.restarts)}
         for path, layer in self._layers().items():
-            if self.restarts:
-                state |= {f"{path}.past_A": layer.past_A, f"{path}.past_B": layer.past_B}
+            state |= {f"{path}.{name}": value for name, value in layer.past().items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
         self.restarts = int(state["restarts"])
         for path, layer in self._layers().items():
-            for name, now in (("past_A", layer.past_A[:0]), ("past_B", layer.past_B[:, :0])):
-                setattr(layer, name, state[f"{path}.{name}"].to(now.device) if self.restarts else now)
+            names = {name: f"{path}.{name}" for name in ("past_A", "past_B", "past_delta")}
+            past = {name: state[whole] for name, whole in names.items() if whole in state}
+            if self.warm_start_steps and not past:
+                layer.warm_start()
+                # A and B are not trained yet, and so not in a checkpoint; from a later step there may be others here.
+                layer.reset(stream_seed(self.seed, "adapter", path))
+            else:
+                layer.end_warm_start()
+            layer.set_past(past)
 
-    @torch.no_grad()
     def as_peft(self) -> tuple[Method, dict[str, float]]:
         """Return the whole update as one plain LoRA of scale 1 and of one rank, and each layer's relative error.
 
         The rank is that of the widest layer's update, which loses nothing but rounding, or `export_rank` if that is
-        less; updates of a lower rank are padded with zeros.
+        less; updates of a lower rank are padded with zeros. After a warm start the rank is that of a whole layer.
         """
-        updates = {path: layer.plain_factors() for path, layer in self._layers().items()}
-        rank = max(min(len(a), len(b), a.shape[1]) for a, b in updates.values())
-        rank = min(rank, self.export_rank or rank)
-        written, errors = Lora(rank=rank, alpha=float(rank), targets=self.targets), {}
-        written.disk_targets = self.disk_targets
-        for path, (a, b) in updates.items():
-            layer = LoraLinear(self.layers[path].base, rank=rank, alpha=float(rank))
-            left, right, errors[path] = truncate(b, a, rank)
-            layer.lora_B[:, : left.shape[1]] = left
-            layer.lora_A[: len(right)] = right
-            written.layers[path] = layer
-        return written, errors
+        return _portable.plain_lora(self, self.export_rank)
 
     def _layers(self) -> dict[str, ReloraLinear]:
         return {path: layer for path, layer in self.layers.items() if isinstance(layer, ReloraLinear)}
@@ -217,29 +189,6 @@ def prune(moments: Mapping[str, Tensor], fraction: float, seed: int | None) -> N
         order = torch.randperm(len(size), generator=torch.Generator().manual_seed(seed)).to(size.device)
     for moment in moments.values():
         moment.view(-1)[order[: round(fraction * len(size))]] = 0.0
-
-
-def truncate(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the best approximation of b a, (out, R) (R, in), of at most `rank`, and its relative error.
-
-    It is float32 factors (out, k), (k, in) that share the singular values evenly, k <= rank; the error is that of the
-    Frobenius norm, and counts their rounding. All is computed in float64 on (R, R): the product is never formed.
-    """
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    u, values, v = torch.linalg.svd(r_b @ r_a.T)
-    root = values[:rank].sqrt()
-    left = (q_b @ (u[:, : len(root)] * root)).float()
-    right = ((root[:, None] * v[: len(root)]) @ q_a.T).float()
-    lost = _norm(torch.cat([b, -left], dim=1), torch.cat([a, right]))
-    whole = float(torch.linalg.vector_norm(values))
-    return left, right, lost / whole if whole else 0.0
-
-
-def _norm(b: Tensor, a: Tensor) -> float:
-    """Return the Frobenius norm of b a."""
-    r_b, r_a = (torch.linalg.qr(factor.double(), mode="r").R for factor in (b, a.T))
-    return float(torch.linalg.matrix_norm(r_b @ r_a.T))
 
 
 METHOD = Relora

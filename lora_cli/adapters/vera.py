@@ -11,7 +11,7 @@ small constant (section 3.3). There is no alpha.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,10 @@ class Vera(Method):
     disk_keys = frozenset(
         {"r", "vera_dropout", "d_initial", "projection_prng_key", "save_projection", "bias", "init_weights"}
     )
+    start_keys: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("rank", "d_initial", "projection_seed", "save_projection"), "value"),
+        "targets": "modules",
+    }
 
     def __init__(
         self,
@@ -142,6 +146,11 @@ class Vera(Method):
             base, self.projections, rank=self.rank, d_initial=self.d_initial, dropout=self.dropout
         )
 
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Say yes: vectors though they are, they are the update itself, which decay draws to zero."""
+        del name, parameter
+        return True
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the shared matrices where they are saved: another torch may draw others."""
         return self.shared_disk_tensors()
@@ -175,8 +184,8 @@ class Vera(Method):
         }
 
     @classmethod
-    def from_disk_config(cls, config: Mapping[str, Any], where: str) -> Vera:
-        """Return the method that an adapter_config.json describes."""
+    def disk_settings(cls, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return the constructor's arguments that an adapter_config.json holds."""
         key = config.get("projection_prng_key", 0)
         _peft.require(
             where,
@@ -189,14 +198,19 @@ class Vera(Method):
             bias=("none", config.get("bias", "none") == "none"),
             init_weights=("true or false", isinstance(config.get("init_weights", True), bool)),
         )
-        method = cls(
-            rank=config["r"],
-            d_initial=config.get("d_initial", 0.1),
-            dropout=config.get("vera_dropout", 0.0),
-            targets=config["target_modules"],
-            projection_seed=key,
-            save_projection=config.get("save_projection", True),
-        )
+        return {
+            "rank": config["r"],
+            "d_initial": config.get("d_initial", 0.1),
+            "dropout": config.get("vera_dropout", 0.0),
+            "targets": config["target_modules"],
+            "projection_seed": key,
+            "save_projection": config.get("save_projection", True),
+        }
+
+    @classmethod
+    def from_disk_config(cls, config: Mapping[str, Any], where: str, **changes: Any) -> Vera:
+        """Return the method that an adapter_config.json describes, but for `changes`."""
+        method = cls(**cls.disk_settings(config, where) | changes)
         method.bounds_rank = False
         return method
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lora_cli.cli import data, evaluate, merge, recipe, train
+from lora_cli.cli import data, evaluate, inspect, merge, recipe, train
 from lora_cli.cli.exits import new_app, run
 from lora_cli.cli.version import version_option
 
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     app.command("eval")(evaluate.evaluate)
     app.command("merge")(merge.merge)
     app.command("data")(data.data)
+    app.command("inspect")(inspect.inspect)
     app.add_typer(recipe.app(), name="recipe")
     return run(app, "lora", arguments)
 

@@ -174,16 +174,21 @@ def _epoch(said: Mapping[str, Any]) -> Iterator[Text]:
 
 def epoch_line(epoch: Mapping[str, Any]) -> str:
     """Return what an epoch takes."""
-    passes = f"{epoch['passes']:,} forward pass{'es' if epoch['passes'] != 1 else ''}"
-    return (
-        f"{epoch['tokens']:,} tokens in {_steps(epoch['steps'])} of {epoch['batch_size']} rows; the run has"
-        f" {_steps(epoch['total_steps'])}. On {epoch['device']}: {passes} of at most {epoch['pass_tokens']:,} tokens,"
-        f" {epoch['padding']:.1%} padding"
+    packed, padded = epoch["packed"], epoch["padded"]
+    line = (
+        f"{epoch['tokens']:,} tokens in {_number(epoch['steps'], 'step')} of {epoch['batch_size']} rows; the run has"
+        f" {_number(epoch['total_steps'], 'step')}. On {epoch['device']}, in passes of at most"
+        f" {epoch['pass_tokens']:,} tokens: "
     )
+    plain = f"{_number(padded['passes'], 'padded pass')}, {padded['padding']:.1%} padding"
+    if packed is None:
+        return line + plain
+    line += f"{_number(packed['passes'], 'packed pass')}, {packed['filled']:.1%} full"
+    return line if epoch["packing"] is True else f"{line} (where the model cannot pack: {plain})"
 
 
-def _steps(number: int) -> str:
-    return f"{number:,} step{'s' if number != 1 else ''}"
+def _number(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "es" if what.endswith("s") else "s")
 
 
 def _findings(findings: Sequence[Mapping[str, Any]], *, ascii_only: bool) -> Iterator[RenderableType]:

@@ -36,10 +36,12 @@ def read_target(
     at_most: Sequence[str] = (),
     *,
     blocks: Sequence[str],
+    beside_base: bool = False,
 ) -> tuple[Recipe, tuple[Gate, ...]]:
     """Return the recipe of a run, or the defaults for an adapter or model, with overrides; and the gates.
 
     `blocks` are the blocks of the recipe that the command reads; an override elsewhere would have no effect.
+    `beside_base` says that it reads a base also where the target is a model.
 
     Raises:
         InputError: there is no such folder, the recipe or an option is bad, or an override has no effect.
@@ -50,12 +52,12 @@ def read_target(
     is_run = kind == "run"
     if is_run:
         run_folder.set(target)
-    unread = {"adapter", "objective", "train", "evaluate", "export"} - set(blocks)
+    unread = {"data", "adapter", "objective", "train", "evaluate", "export"} - set(blocks)
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key.partition(".")[0] in unread:
             raise InputError(f"override {override}: has no effect here (only {', '.join(blocks)} keys have)")
-        if key == "model.base" and kind == "model":
+        if key == "model.base" and kind == "model" and not beside_base:
             raise InputError(
                 f"override {override}: has no effect, {target} is the model itself (leave it out)"
             )

@@ -79,15 +79,21 @@ class _Chat:
 
 
 class Renderer:
-    """Renders rows by one tokenizer and template; `train_on` is assistant, last_assistant, completion or all."""
+    """Renders rows by one tokenizer and template; `train_on` is assistant, last_assistant, completion or all.
 
-    def __init__(self, tokenizer: Any, template: str, train_on: str) -> None:
+    `spelled` are control tokens that a message may hold, unless they begin, end or pad a text or end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, train_on: str, spelled: Sequence[str] = ()) -> None:
         assert template in ("model", "plain"), template
         self._tokenizer = tokenizer
         self._train_on = train_on
         self._end = tokenizer.eos_token
         self._terminators = find_terminators(tokenizer) if template == "model" else None
-        self.controls = special_tokens(tokenizer)
+        kept = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+        self.controls = {
+            text: i for text, i in special_tokens(tokenizer).items() if text in kept or text not in spelled
+        }
         if self._terminators is not None:
             for text in (self._terminators.last, self._terminators.middle, self._terminators.call):
                 if text is not None:

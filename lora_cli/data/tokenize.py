@@ -140,8 +140,11 @@ def _said(row: Conversation) -> list[Any]:
 class Tokenization:
     """Tokenizes parts by one tokenizer and one set of the recipe's keys."""
 
-    def __init__(self, data: Data, train_on: str, tokenizer: Any, template: str) -> None:
+    def __init__(
+        self, data: Data, train_on: str, tokenizer: Any, template: str, spelled: Sequence[str] = ()
+    ) -> None:
         self.data, self.train_on, self.tokenizer, self.template = data, train_on, tokenizer, template
+        self.spelled = tuple(spelled)
         self._settings: dict[str, str] = {}
         self._tools: dict[str, tuple[Renderer, Encoder]] = {}
 
@@ -153,6 +156,7 @@ class Tokenization:
                 "special tokens": repr(sorted(self.tokenizer.special_tokens_map.items())),
                 "chat template": repr(self.tokenizer.chat_template),
                 "template": f"{self.template} {self.train_on}",
+                "spelled": repr(sorted(self.spelled)),
                 "length": f"{self.data.max_length} {self.data.overlong}",
             }
         own = {"data": content, "format": f"{reading.format} {reading.fields!r}", "rows": repr(max_rows)}
@@ -191,7 +195,7 @@ class Tokenization:
         if (
             train_on not in self._tools
         ):  # half a second for a large vocabulary, so only where rows must be tokenized
-            made = Renderer(self.tokenizer, self.template, train_on)
+            made = Renderer(self.tokenizer, self.template, train_on, self.spelled)
             self._tools[train_on] = made, Encoder(self.tokenizer, made.controls)
         renderer, encoder = self._tools[train_on]
         raw_rows = islice(task.source.rows(faults, task.part), task.max_rows)
@@ -214,7 +218,9 @@ _worker: Tokenization | None = None
 """In a process of the pool: what it tokenizes with."""
 
 
-def _start(data: Data, train_on: str, tokenizer: Any, template: str, threads: int) -> None:
+def _start(
+    data: Data, train_on: str, tokenizer: Any, template: str, spelled: Sequence[str], threads: int
+) -> None:
     global _worker
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     signal.signal(
@@ -228,7 +234,7 @@ def _start(data: Data, train_on: str, tokenizer: Any, template: str, threads: in
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    _worker = Tokenization(data, train_on, tokenizer, template)
+    _worker = Tokenization(data, train_on, tokenizer, template, spelled)
 
 
 def _serve(task: Task) -> Outcome:
@@ -243,7 +249,8 @@ def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Iterator[Outco
         yield from map(tokenization.run, tasks)
         return
     workers = min(cores, len(tasks))
-    settings = (tokenization.data, tokenization.train_on, tokenization.tokenizer, tokenization.template)
+    one = tokenization
+    settings = (one.data, one.train_on, one.tokenizer, one.template, one.spelled)
     # Not forked: the tokenizer's threads, and torch's, would not survive it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start, (*settings, max(1, cores // workers))) as pool:

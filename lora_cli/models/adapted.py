@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from lora_cli.types import IGNORED, Batch
+from lora_cli.types import IGNORED, Batch, Documents
 
 
 class Switchable(Protocol):
@@ -32,9 +32,13 @@ class AdaptedModel:
         model: PreTrainedModel,
         layers: Mapping[str, Switchable],
         frozen_copy: Mapping[str, Tensor] | None = None,
+        *,
+        packs: bool = False,
     ) -> None:
         self.model = model
         self.layers = layers
+        self.packs = packs
+        """Whether rows may share a sequence: each was seen to be kept apart in this very model (`packing.py`)."""
         self._frozen_copy = frozen_copy or {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -43,15 +47,26 @@ class AdaptedModel:
         """Where the model computes."""
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base is stored and computes in; an adapted embedding comes first, with trained float32 weights."""
+        frozen = (weight.dtype for weight in self.model.parameters() if not weight.requires_grad)
+        return next(frozen, self.model.dtype)
+
     def trained_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) that predict each trained token, and those tokens (N,)."""
         targets = batch.labels[:, 1:]
         trained = targets != IGNORED  # (B, T-1): position t predicts token t+1
-        arguments: dict[str, Tensor] = {}
+        arguments: dict[str, Tensor | Documents] = {}
         columns = trained.any(dim=0).nonzero().squeeze(1)  # positions that predict a trained token in any row
         if self._keeps_logits:
             # The head is the largest product of small models; it is applied only where some row trains.
             arguments["logits_to_keep"] = columns
+        if batch.documents is not None:
+            assert self.packs
+            assert batch.position_ids is not None
+            arguments |= {"position_ids": batch.position_ids, "documents": batch.documents}
+        # A cache would let a document see the one before it, whatever its positions.
         output = self.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **arguments
         )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import InputError
 from lora_cli.models.nf4 import Quantization, QuantizedLinear, quantizable
@@ -74,6 +75,25 @@ def load_quantized(
             )
         placed.add(name)
     return model.to(device).eval()  # type: ignore[arg-type]
+
+
+class FullWeights:
+    """The weights of a base's linear layers as its files hold them, one at a time: for what a quantized base lacks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = _skeleton(folder, torch.float32, None)
+        self._places, self._aliases = _places(folder, self.model), _aliases(self.model)
+
+    def read(self, path: str) -> Tensor:
+        """Return the weight (out, in) of the layer at `path`, in the type of the file.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        names = self._aliases[f"{path}.weight"] & self._places.keys()
+        tensor = _read(*self._places[names.pop()])
+        return tensor.T if isinstance(self.model.get_submodule(path), Conv1D) else tensor
 
 
 def _skeleton(folder: Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives._base import Metrics, Objective, Rows, pad_batches
+from lora_cli.objectives._packing import pack_batches
 from lora_cli.types import IGNORED, Batch, Progress
 
 
@@ -18,8 +19,10 @@ class Sft(Objective):
     def micro_batches(
         self, model: AdaptedModel, rows: Rows, progress: Progress, *, tokens: int
     ) -> list[Batch]:
-        """Return padded batches of rows of similar length."""
+        """Return the rows packed where the model keeps them apart, else padded batches of rows of similar length."""
         del progress
+        if model.packs:
+            return pack_batches(rows, tokens=tokens, device=model.device)
         return pad_batches(rows, tokens=tokens, pad_id=self.pad_id, device=model.device)
 
     def units(self, batch: Batch) -> int:

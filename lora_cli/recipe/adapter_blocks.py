@@ -37,6 +37,9 @@ class DoraAdapter(Section):
     """Layers that get an adapter: `all-linear` (all linear layers but the output head; experts held in 3-D tensors are
     none), `attention`, `mlp`, a list of module names (`[q_proj, v_proj]`, matched at the end of the path), or a regular
     expression that matches the whole path."""
+    init_from: str | None = None
+    """Start from an adapter that exists, a PEFT folder or a run's folder. It settles rank, alpha and targets; a key
+    written here besides must agree. null: a new adapter."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield what is wrong with the targets."""
@@ -64,6 +67,9 @@ class VeraAdapter(Section):
     save_projection: bool = True
     """Write the shared matrices into the adapter and the checkpoints. false: smaller files, whose reader draws the
     matrices again and depends on torch's generator."""
+    init_from: str | None = None
+    """Start from an adapter that exists, a PEFT folder or a run's folder. It settles all keys but dropout, and the
+    shared matrices; a key written here besides must agree. null: a new adapter."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield what is wrong with the targets."""
@@ -100,6 +106,10 @@ class AdaLoraAdapter(Section):
     orthogonal_weight: Annotated[float, Field(ge=0.0, le=1_000.0)] = 0.5
     """Weight of the penalty that keeps rows of A and columns of B orthogonal; it is trained on, but is no part of a
     reported loss. 0: none."""
+    init_from: str | None = None
+    """Start from an adapter that exists, a PEFT folder or a run's folder. It settles initial_rank, alpha and targets; a
+    key written here besides must agree. target_rank is the adapter's too unless it is written here. Pruned triplets
+    come back empty, and the schedule is this run's own. null: a new adapter."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield ranks that would have to grow, and targets as in LoRA."""
@@ -127,7 +137,8 @@ class ReloraAdapter(Section):
     none), `attention`, `mlp`, a list of module names (`[q_proj, v_proj]`, matched at the end of the path), or a regular
     expression that matches the whole path."""
     restart_every: PositiveInt | None = None
-    """Steps from one restart to the next. null: a quarter of all steps; give a number if the run may be prolonged."""
+    """Steps from one restart to the next. null: a quarter of all low-rank steps; give a number if the run may be
+    prolonged."""
     restart_warmup: NonNegativeInt | None = None
     """Steps after each restart in which the learning rate climbs back to the schedule. null: a tenth of
     `restart_every`. The run's own warm-up is `train.warmup`."""
@@ -136,6 +147,10 @@ class ReloraAdapter(Section):
     zeroes drawn entries. zero: zeroes all."""
     reset_fraction: Fraction = 0.9
     """Part of the moments' entries that a restart zeroes. Not used by reset zero."""
+    warm_start_steps: NonNegativeInt = 0
+    """Steps at the begin in which the target layers are trained at full rank, in the memory of full fine-tuning (16
+    bytes a weight); the first low-rank cycle follows, with a re-warm-up. For bases that are hardly trained. Whole, the
+    exported PEFT adapter then has the full rank of its layers: better merged, or with an `export_rank`. 0: none."""
     export_rank: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Largest rank of the exported PEFT adapter, which holds all updates in one; less than their whole rank loses
     something, and the error is printed (`export.formats: [merged]` loses nothing). null: their whole rank."""
@@ -161,6 +176,9 @@ class FullAdapter(Section):
     """Which method adapts the model."""
     parameters: str = "all"
     """`all`, or a regular expression that matches the whole name of each parameter to train."""
+    masters: Literal["float32", "stochastic_rounding"] = "float32"
+    """How small updates of a bfloat16 weight are kept. float32: in a copy of it. stochastic_rounding: there is no copy,
+    and the updated weight is rounded up or down with odds that keep its mean: 4 bytes a parameter less."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield an expression that does not compile."""

@@ -94,6 +94,11 @@ class Data(Section):
     overlong: Literal["drop", "truncate_right", "truncate_left", "split", "error"] = "drop"
     """What happens to longer rows. drop: left out. truncate_right, truncate_left: cut at that end. split: text rows are
     cut into pieces. error: stop and name the row. Rows and trained tokens that are lost are counted."""
+    packing: Literal["auto"] | bool = "auto"
+    """How rows are laid out in a forward pass of training or held-out loss. true: several in one sequence without
+    padding, each with positions of its own and blind to the others; refused where a trial on the model shows otherwise.
+    false: padded to the longest, rows of like length together. The loss and its gradient are the same; the draws of a
+    dropout are not. auto: true where the model passes the trial."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What happens to rows that cannot be used as they are. stop: nothing is trained; the first five are named. skip:
     they are left out and counted, up to max_bad_rows."""

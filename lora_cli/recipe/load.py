@@ -248,7 +248,7 @@ def _wrong(draft: _Draft, path: Path_) -> str:
         ):
             return f"{text} (must be {expected}; remove the quotes)"
         near = suggest.nearest(value, re.findall(r"[\w-]+", expected.replace("one of", "")))
-    elif expected.startswith("text") and value is not None:
+    elif expected.startswith("text") and value is not None and not isinstance(value, list):
         return f"{text} (must be {expected}; put it in quotes)"
     return f"{text} (must be {expected}{f'; did you mean {near}?' if near else ''})"
 

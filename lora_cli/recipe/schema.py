@@ -23,6 +23,8 @@ from lora_cli.recipe.adapter_blocks import VeraAdapter as VeraAdapter
 from lora_cli.recipe.data_block import Data as Data
 from lora_cli.recipe.data_block import DataSource as DataSource
 from lora_cli.recipe.data_block import Fields as Fields
+from lora_cli.recipe.export_block import Export as Export
+from lora_cli.recipe.export_block import format_conflicts
 from lora_cli.recipe.lora_block import LoraAdapter as LoraAdapter
 from lora_cli.recipe.lora_block import QloraAdapter as QloraAdapter
 from lora_cli.recipe.section import Conflict as Conflict
@@ -38,7 +40,7 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id. null: the default branch. Not for local folders."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the base weights and of the computation. Trained weights are kept in float32 either way."""
+    """Type of the base weights and of the computation. Trained weights are kept in float32 besides."""
     quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
     """How the linear layers of the base are stored, all but the output head. nf4, fp4: 4 bits a weight. int8: 8 bits.
     They compute in `dtype`. none: as they are. auto: nf4 with the method qlora, else none."""
@@ -70,8 +72,8 @@ class Train(Section):
     batch_size: PositiveInt = 32
     """Sequences per optimizer step, over all processes and micro-batches."""
     micro_batch_tokens: Literal["auto"] | PositiveInt = "auto"
-    """Padded tokens per forward pass; a step is split into as many passes as needed, with the same result (up to the
-    draws of a dropout). auto: at most 4096 on a CPU and 16384 on a GPU, less for a large vocabulary."""
+    """Tokens per forward pass, padding counted; a step is split into as many passes as needed, with the same result (up
+    to the draws of a dropout). auto: at most 4096 on a CPU and 16384 on a GPU, less for a large vocabulary."""
     learning_rate: Annotated[float, Field(gt=0, le=10.0)] = 2.0e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "polynomial", "inverse_sqrt"] = "cosine"
@@ -84,8 +86,12 @@ class Train(Section):
     """Part of all steps over which wsd decays."""
     power: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
     """Exponent of the polynomial schedule."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw: moments in float32. adamw_8bit: in 8 bits (arXiv 2110.02861), but for weights below 4096 values: 2 bytes
+    a parameter in place of 8, a slower step."""
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay of AdamW. It acts on matrices, and on VeRA's vectors, which are the update itself; not on
+    biases, norms and DoRA's row lengths, which begin as the base's own: decay would draw them to zero."""
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (
         0.9,
         0.999,
@@ -146,29 +152,13 @@ class Evaluate(Section):
     GPU, less for a large vocabulary."""
 
 
-class Export(Section):
-    """What is written at the end."""
-
-    formats: Annotated[list[Literal["peft", "merged"]], Field(min_length=1)] | None = None
-    """peft: `adapter/`, a PEFT adapter that stands alone. merged: `merged/`, a plain model with the update in its
-    weights. null: peft, or merged for full fine-tuning."""
-    max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
-    """Largest weight file of a merged model, in bytes."""
-    merge_base: Literal["auto", "full", "dequantized"] = "auto"
-    """What the update of a quantized base is merged into. full: the base as it is on disk. dequantized: the weights it
-    was trained on. auto: both are measured against the live model on sample rows, and the nearer is taken."""
-    max_merge_kl: Annotated[float, Field(ge=0.0)] | None = None
-    """Refuse a merged model of a quantized base whose mean KL divergence from the live model on the sample rows, in
-    nats a token, is above this. null: it is only stated."""
-
-
 class Run(Section):
     """Where the run is kept, and how it is computed."""
 
     output: str = "runs/latest"
     """Folder of the run."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    """Adapter initialisation, row order and dropout are functions of it."""
+    """Adapter initialisation, row order, dropout and stochastic rounding are functions of it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
 
@@ -190,14 +180,14 @@ class Recipe(Section):
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield every broken rule that joins keys of two blocks."""
-        if isinstance(self.adapter, FullAdapter) and "peft" in self.export_formats():
-            message = "found peft, but full fine-tuning has no adapter to write (use merged)"
-            yield Conflict("export.formats", message, reads=("adapter.method",))
+        yield from format_conflicts(self.export_formats(), self.adapter)
+        if isinstance(self.adapter, FullAdapter) and self.model.dtype == "float32" != self.adapter.masters:
+            message = f"found {self.adapter.masters}, but a float32 weight is its own master (remove the key)"
+            yield Conflict("adapter.masters", message, reads=("model.dtype",))
         yield from self._quantization_conflicts()
         if not self.data.holds_out() and self.train.eval_every is not None:
             message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"
             yield Conflict("train.eval_every", message, reads=("data.eval",))
-
         if "exact_match" in self.evaluate.metrics:
             if not self.data.holds_out():
                 message = "found exact_match, but there are no held-out rows (set data.eval)"
@@ -222,6 +212,8 @@ class Recipe(Section):
         if isinstance(self.adapter, QloraAdapter) and form == "none":
             message = "found none, but qlora is LoRA on a quantized base (use nf4, or adapter.method: lora)"
             yield Conflict("model.quantize", message, reads)
+        if isinstance(self.adapter, LoraAdapter):
+            yield from self.adapter.loftq_conflicts(self.quantization(), self.export.merge_base)
         if self.quantization() == "none":
             for key in ("merge_base", "max_merge_kl"):
                 if (value := getattr(self.export, key)) not in ("auto", None):
@@ -238,11 +230,22 @@ class Recipe(Section):
             return list(self.export.formats)
         return ["merged"] if isinstance(self.adapter, FullAdapter) else ["peft"]
 
+    def init_from(self) -> str | None:
+        """Return the folder of the adapter that the run starts from, as it is written; None for a new adapter."""
+        if isinstance(self.adapter, LoraAdapter | DoraAdapter | VeraAdapter | AdaLoraAdapter):
+            return self.adapter.init_from
+        return None
+
     def quantization(self) -> str:
         """Return how the base's linear layers are stored, with the default for the method filled in."""
         if self.model.quantize != "auto":
             return self.model.quantize
         return "nf4" if isinstance(self.adapter, QloraAdapter) else "none"
+
+    def chosen_tokens(self) -> tuple[list[str], list[str]]:
+        """Return the tokens whose rows are trained alone: those of the tokenizer, and new ones."""
+        block = self.adapter
+        return (block.train_tokens, block.add_tokens) if isinstance(block, LoraAdapter) else ([], [])
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain YAML values with every default written out."""

@@ -2,7 +2,7 @@
 
     checkpoints/step-40/
       state.json              counts and the best held-out loss; the step is all the randomness there is
-      optimizer.safetensors   float32 masters and moments
+      optimizer.safetensors   masters and moments
       method.safetensors      what the adapter method keeps besides
       manifest.json           size and sha256 of each
 
@@ -95,8 +95,8 @@ class Checkpoints:
         """Return the manifest of a checkpoint: step, fingerprints of data and base."""
         return verify(self.folder / f"step-{step}")
 
-    def load(self, step: int, optimizer: MasterAdamW) -> tuple[State, dict[str, Tensor]]:
-        """Restore the optimizer and the trained weights; return the state and the method's tensors.
+    def load(self, step: int) -> tuple[State, dict[str, Tensor], dict[str, Tensor]]:
+        """Return the state, the optimizer's tensors and the method's.
 
         Raises:
             InputError: the checkpoint is missing or damaged.
@@ -104,8 +104,12 @@ class Checkpoints:
         folder = self.folder / f"step-{step}"
         verify(folder)
         state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-        optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
-        return state, load_file(folder / "method.safetensors")
+        return state, load_file(folder / "optimizer.safetensors"), self.method_state(step)
+
+    def method_state(self, step: int) -> dict[str, Tensor]:
+        """Return the method's tensors of a checkpoint that was verified."""
+        tensors: dict[str, Tensor] = load_file(self.folder / f"step-{step}" / "method.safetensors")
+        return tensors
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

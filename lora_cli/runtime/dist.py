@@ -72,6 +72,14 @@ class Runtime:
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
+    def from_main(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite each tensor, which has the same shape in all processes, with the main process's."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                whole = tensor.contiguous()
+                torch.distributed.broadcast(whole, src=0)
+                tensor.copy_(whole)
+
     def stop_requested(self) -> int:
         """Return the number of a signal that any process was asked to stop by, the same in all of them; 0 for none."""
         (asked,) = self.sum([float(self.stop_signal != 0)])

@@ -17,13 +17,13 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.types import Evaluated, Prepared, Trained
 
 
-def fingerprints(prepared: Prepared, base: str) -> dict[str, str]:
-    """Return what a continued run must find unchanged: the fingerprint of each split and of the base."""
+def fingerprints(prepared: Prepared, base: str, start: str | None) -> dict[str, str]:
+    """Return what a continued run must find unchanged: splits, base, and the adapter it started from."""
     splits = {"train": prepared.train, "eval": prepared.eval}
     found = {
         f"data.{split}": examples.fingerprint for split, examples in splits.items() if examples is not None
     }
-    return found | {"model.base": base}
+    return found | {"model.base": base} | ({} if start is None else {"adapter.init_from": start})
 
 
 def summarize(
@@ -56,7 +56,7 @@ def complete(
     summary: dict[str, Any], export: dict[str, Any], seconds: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
     """Return the summary of a finished run; `export` holds the logit difference of each exported format, and
-    what a merge was measured to."""
+    what a merge or a portable adapter was measured to."""
     return summary | {
         "status": "done",
         "export": export,
@@ -119,8 +119,12 @@ def _public_recipe(recipe: Recipe) -> str:
         }
     )
     model = recipe.model.model_copy(update={"base": _public(recipe.model.base)})
+    start = recipe.init_from()
+    adapter = recipe.adapter.model_copy(update={"init_from": _public(start)} if start else {})
     run = recipe.run.model_copy(update={"output": Path(recipe.run.output).name})
-    return dump_recipe(recipe.model_copy(update={"data": data, "model": model, "run": run}))
+    return dump_recipe(
+        recipe.model_copy(update={"data": data, "model": model, "adapter": adapter, "run": run})
+    )
 
 
 def _public_names(names: str | list[str] | None) -> str | list[str] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from lora_cli.errors import InputError
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.load import load_recipe
@@ -17,6 +19,7 @@ MAY_CHANGE = {
     "data.train",
     "data.eval",
     "model.base",
+    "adapter.init_from",
     "train.epochs",
     "train.max_steps",
     "train.micro_batch_tokens",
@@ -24,14 +27,23 @@ MAY_CHANGE = {
     "train.eval_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "adapter.export_rank",
     "run.output",
     "run.device",
 }
-"""With more steps the schedule continues as f(step, new total). Data and base are compared by content, not by name.
-The other keys do not enter an update (micro-batches do, through the draws of a dropout)."""
+"""With more steps the schedule continues as f(step, new total). Data, base and the adapter it started from are compared
+by content, not by name. The other keys do not enter an update (micro-batches do, through the draws of a dropout)."""
 
-NOT_COMPARED = {"data.train", "data.eval", "model.base", "run.output", "run.device", "train.log_every"}
-"""Keys in which a finished run may differ from what is asked for; data and base are compared by content."""
+NOT_COMPARED = {
+    "data.train",
+    "data.eval",
+    "model.base",
+    "adapter.init_from",
+    "run.output",
+    "run.device",
+    "train.log_every",
+}
+"""Keys in which a finished run may differ from what is asked for; what a name leads to is compared by content."""
 
 _MAY_CHANGE_SECTIONS = ("evaluate", "export")
 
@@ -50,9 +62,7 @@ def find_finished(
     before = load_recipe(folder.path / RECIPE_FILE)
     changes = changed_keys(before.resolved(), recipe.resolved())
     differences = [f"{key}: {change}" for key, change in changes.items() if key not in NOT_COMPARED]
-    differences += [
-        f"{key}: another content" for key in facts if summary["fingerprints"].get(key) != facts[key]
-    ]
+    differences += _other_contents(summary["fingerprints"], facts)
     missing = [
         EXPORTS[form] for form in recipe.export_formats() if not (folder.path / EXPORTS[form]).is_dir()
     ]
@@ -61,10 +71,19 @@ def find_finished(
         return summary
     if resume:
         return None
+    other_run = any(map(changes_training, changes)) or any(line.endswith("content") for line in differences)
+    goes_on = "" if other_run else "--resume goes on from its last checkpoint, "
     raise InputError(
         f"{folder.path}: holds a finished run that differs: {'; '.join(differences)}"
-        " (--resume goes on from its last checkpoint, --overwrite trains it again, or choose another run.output)"
+        f" ({goes_on}--overwrite trains it again, or choose another run.output)"
     )
+
+
+def method_state(folder: RunFolder, recipe: Recipe) -> dict[str, Tensor] | None:
+    """Return the adapter method's tensors of the checkpoint that `begin` will name; None where there is none."""
+    checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
+    step = checkpoints.newest(lambda line: None)  # `begin` tells of damaged ones
+    return None if step is None else checkpoints.method_state(step)
 
 
 def begin(
@@ -90,8 +109,7 @@ def begin(
             before = load_recipe(folder.path / RECIPE_FILE)
             changes = changed_keys(before.resolved(), recipe.resolved())
             differences = [f"{key}: {change}" for key, change in changes.items() if changes_training(key)]
-            manifest = checkpoints.facts(step)
-            differences += [f"{key}: another content" for key in facts if manifest.get(key) != facts[key]]
+            differences += _other_contents(checkpoints.facts(step), facts)
             if step > total_steps:
                 differences.append(f"train.max_steps: the run stands at step {step} of now {total_steps}")
             if differences:
@@ -106,18 +124,24 @@ def begin(
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return key -> `before -> now` for every key in which two resolved recipes differ."""
+    """Return key -> `before -> now` for every key where two resolved recipes differ; of two methods the names alone."""
     old, new = _flat(before), _flat(now)
-    return {
-        key: f"{old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    }
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if "adapter.method" in changed:
+        changed = [key for key in changed if key == "adapter.method" or not key.startswith("adapter.")]
+    return {key: f"{old.get(key)!r} -> {new.get(key)!r}" for key in changed}
 
 
 def changes_training(key: str) -> bool:
     """Say whether a change of this key would make a continued run another run."""
     return key not in MAY_CHANGE and key.partition(".")[0] not in _MAY_CHANGE_SECTIONS
+
+
+def _other_contents(before: Mapping[str, Any], facts: Mapping[str, str]) -> list[str]:
+    """Return what is there now with another content, or had one that started the run and has none now."""
+    gone = [key for key in ("adapter.init_from",) if key in before and key not in facts]
+    changed = [key for key in facts if before.get(key) != facts[key]]
+    return [f"{key}: another content" for key in changed + gone]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

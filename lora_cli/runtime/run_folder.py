@@ -1,6 +1,7 @@
 """The folder a run leaves behind: who owns it, what stands in it, and the summary.
 
-recipe.yaml  metrics.jsonl  generations.jsonl  checkpoints/  adapter/  merged/  summary.json
+recipe.yaml  metrics.jsonl  generations.jsonl  checkpoints/  adapter/  merged/  portable/
+summary.json
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
 MARK = "# Written by lora-cli: the recipe of this run, every default written out."
 """First line of a run's recipe.yaml, by which a run is known from a folder with a recipe of the user's own."""
-EXPORTS = {"peft": "adapter", "merged": "merged"}
-"""Folder of each export format."""
+EXPORTS = {"peft": "adapter", "merged": "merged", "portable": "portable"}
+"""Folder of each export format; the first that a run has is what is evaluated: a portable one may be inexact."""
 OURS = (
     RECIPE_FILE,
     SUMMARY_FILE,
@@ -54,6 +55,17 @@ class RunFolder:
         except (OSError, ValueError):
             return False
 
+    def exported(self) -> Path:
+        """Return the folder of the first format that the run has exported.
+
+        Raises:
+            InputError: there is none yet.
+        """
+        for name in EXPORTS.values():
+            if (self.path / name).is_dir():
+                return self.path / name
+        raise InputError(f"{self.path}: the run has exported nothing yet (finish it with --resume)")
+
     def begin(self, recipe_text: str, *, fresh: bool) -> None:
         """Make the folder and write the resolved recipe; with `fresh` remove what an earlier run wrote.
 
@@ -71,6 +83,11 @@ class RunFolder:
             # What comes after training is written anew; the checkpoints are what a resumed run needs.
             self._remove((SUMMARY_FILE, "generations.jsonl", *EXPORTS.values()))
         (self.path / RECIPE_FILE).write_text(f"{MARK}\n{recipe_text}", encoding="utf-8")
+
+    def adapter(self) -> Path:
+        """Return where a PEFT adapter is kept in a folder: in `adapter/` of a run, else in the folder itself."""
+        inner = self.path / EXPORTS["peft"]
+        return inner if self.is_run() else self.path
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json by one rename."""

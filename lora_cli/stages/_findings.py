@@ -6,7 +6,7 @@ rows of nearly every data set have (duplicates, over-long rows, unknown characte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_cli.recipe.schema import Recipe
@@ -28,10 +28,21 @@ Finding = dict[str, Any]
 
 
 def findings(
-    said: Mapping[str, Any], recipe: Recipe, config: Mapping[str, Any], consumes: tuple[type, ...]
+    said: Mapping[str, Any],
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    consumes: tuple[type, ...],
+    refusals: Sequence[str],
 ) -> list[Finding]:
-    """Return the findings, warnings first; `config` is the text model's, `consumes` what the objective learns from."""
+    """Return the findings, warnings first; `config` is the text model's, `consumes` what the objective learns from.
+
+    `refusals` are what training would say before it refuses.
+    """
     found = [
+        *(
+            _finding("refused", True, 1, f"training would refuse: {line}", None, "see there")
+            for line in refusals
+        ),
         *_of_objective(said, consumes),
         *(one for source in said["sources"] for one in _of_source(source, recipe, _positions(config))),
         *(one for name, split in said["splits"].items() for one in _of_split(name, split, said, config)),
@@ -176,10 +187,10 @@ def _of_epoch(said: Mapping[str, Any], recipe: Recipe) -> Iterator[Finding]:
     if rows < recipe.train.batch_size:
         what = f"train: {rows} rows do not fill one step of train.batch_size {recipe.train.batch_size}"
         yield _finding("few_rows", False, rows, what, None, "add rows, or lower it")
-    if epoch and epoch["padding"] > MUCH_PADDING:
-        what = f"train: {epoch['padding']:.0%} of the positions in a forward pass are padding"
-        remedy = "lower train.micro_batch_tokens: rows of like length then go together"
-        yield _finding("padding", False, epoch["passes"], what, None, remedy)
+    if epoch and not epoch["packed"] and epoch["padded"]["padding"] > MUCH_PADDING:
+        share = epoch["padded"]["padding"]
+        what = f"train: {share:.0%} of the positions in a forward pass are padding"
+        yield _finding("padding", False, epoch["padded"]["passes"], what, None, "data.packing=auto has none")
     if tokens["pad_ends_answers"]:
         what = (
             f"{tokens['pad']['text']} pads and ends answers; this does no harm here, since labels do not depend on"

@@ -17,7 +17,7 @@ from lora_cli.objectives import Objective
 from lora_cli.objectives._base import batch_tokens
 from lora_cli.recipe.schema import Train
 from lora_cli.runtime import order, schedule
-from lora_cli.runtime.checkpoint import State
+from lora_cli.runtime.checkpoint import Checkpoints, State
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Stopwatch
 from lora_cli.runtime.optim import MasterAdamW
@@ -48,14 +48,16 @@ class GradientStep:
         )
         self.warmup = schedule.warmup_steps(settings.warmup, self.total)
         self.tokens = batch_tokens(settings.micro_batch_tokens, model, at_most=MICRO_BATCH_TOKENS)
-        trainable = method.trainable(model.model)
         self.optimizer = MasterAdamW(
-            trainable,
+            {},
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
-            rate_factors={name: method.rate_factor(name) for name in trainable},
+            eight_bit=settings.optimizer == "adamw_8bit",
+            keep_masters=method.keep_masters,
+            seed=seed,
         )
+        self._follow_method()
 
     def take(self) -> dict[str, float]:
         """Make one update and return the step's metrics.
@@ -94,6 +96,7 @@ class GradientStep:
         self.optimizer.step(rate)
         self.method.after_step(self.optimizer, progress)
         self.optimizer.zero_grad()
+        self._follow_method()
         seconds = watch.lap()
         state.step += 1
         state.tokens += int(tokens)
@@ -109,6 +112,18 @@ class GradientStep:
             "tokens_per_second": tokens / seconds,
         }
 
+    def restore(self, checkpoints: Checkpoints, step: int) -> State:
+        """Put method and optimizer where a checkpoint has them, and return its state.
+
+        Raises:
+            InputError: the checkpoint is missing or damaged.
+        """
+        state, optimizer, method = checkpoints.load(step)
+        self.method.load_state_dict(method)  # first: what is trained may depend on it
+        self._follow_method()
+        self.optimizer.load_state_dict(optimizer)
+        return state
+
     def learning_rate(self) -> float:
         """Return the learning rate of the update about to be made."""
         settings = self.settings
@@ -122,6 +137,18 @@ class GradientStep:
             power=settings.power,
         )
         return settings.learning_rate * factor * self.method.schedule_factor(self.state.step)
+
+    def _follow_method(self) -> None:
+        """Have the optimizer update what the method trains now."""
+        method, trainable = self.method, self.method.trainable(self.model.model)
+        if not self.optimizer.updates(trainable):
+            self.optimizer.set_parameters(
+                trainable,
+                rate_factors={name: method.rate_factor(name) for name in trainable},
+                undecayed={
+                    name for name, parameter in trainable.items() if not method.decays(name, parameter)
+                },
+            )
 
     def _backward(self, batches: list[Batch], units: float) -> tuple[float, Batch | None]:
         """Add the gradients of this process; return its share of the mean loss, and a batch that is not finite."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_cli.adapters._base import AdapterLinear, replace_module
+from lora_cli.adapters._lora_rows import grow
 from lora_cli.adapters._whole import TrainedModule
 from lora_cli.errors import GateError
 from lora_cli.models.adapted import AdaptedModel
@@ -82,8 +83,10 @@ def on_dense_base(form: str, model: AdaptedModel, base: Path) -> Iterator[Adapte
     if form == "full":
         # Another exact attention rounds differently in bfloat16; it is the weights that are compared.
         attention = model.model.config._attn_implementation
-        dense = load_model(base, dtype=model.model.dtype, device=model.device, attention=attention)
+        dense = load_model(base, dtype=model.dtype, device=model.device, attention=attention)
         layers = placed(model)
+        embedding: Any = model.model.get_input_embeddings()  # type: ignore[no-untyped-call]
+        grow(dense, embedding.weight.shape[0])
         kept = {path: layer.base for path, layer in layers.items()}
         for path, layer in layers.items():
             layer.base = dense.get_submodule(path)  # type: ignore[assignment]

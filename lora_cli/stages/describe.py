@@ -33,12 +33,14 @@ def run(
     *,
     consumes: tuple[type, ...],
     device: str,
+    refusals: Sequence[str] = (),
     show: int = 0,
     rows: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the description; `config` is the model's, `consumes` what the objective can learn from.
 
-    `show` rows of the training split are shown token by token, and those that `rows` names as `file:line`.
+    `refusals` are what training would say before it refuses. `show` rows of the training split are shown token by
+    token, and those that `rows` names as `file:line`.
 
     Raises:
         InputError: one of `rows` names no row that is used.
@@ -47,6 +49,7 @@ def run(
     splits = {"train": prepared.train}
     if isinstance(prepared.eval, Dataset):
         splits["eval"] = prepared.eval
+    text_config = _text_config(config, recipe, prepared)
     texts = TokenTexts(prepared.tokenizer)
     wanted = find_rows(splits, show, rows)
     said: dict[str, Any] = {
@@ -63,15 +66,20 @@ def run(
         "epoch": None,
     }
     if not unlearnt(said, consumes):
-        said["epoch"] = epoch(recipe, prepared.train, _text_config(config), device)
-    said["findings"] = findings(said, recipe, _text_config(config), consumes)
+        said["epoch"] = epoch(recipe, prepared.train, text_config, device)
+    said["findings"] = findings(said, recipe, text_config, consumes, refusals)
     said["rows"] = show_rows(recipe, splits, wanted, prepared, texts)
     return said
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _text_config(config: Mapping[str, Any], recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """Return the config of the language model, with the vocabulary that new tokens of the recipe make it grow to."""
     inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
+    text = dict(inner if isinstance(inner, dict) else config)
+    _, new = recipe.chosen_tokens()
+    if new and isinstance(text.get("vocab_size"), int):
+        text["vocab_size"] = max(text["vocab_size"], len(prepared.tokenizer))
+    return text
 
 
 def _special(prepared: Prepared, texts: TokenTexts) -> dict[str, Any]:

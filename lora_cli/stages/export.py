@@ -1,6 +1,7 @@
 """Stage 5: write what was trained, read it back, compare it with the live model, and only then publish it.
 
 adapter/   PEFT: adapter, tokenizer, chat template, generation config, model card. Stands alone beside its base.
+portable/  the same, but whatever the method a plain LoRA of one rank, for vLLM, llama.cpp and their like.
 merged/    a plain transformers model with the update in its weights, and the same files beside it.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from lora_cli import adapters
-from lora_cli.adapters import Method, _peft
+from lora_cli.adapters import Method, _peft, _portable
 from lora_cli.adapters._base import AdapterLinear, replace_module
 from lora_cli.adapters._whole import TrainedModule
 from lora_cli.errors import LoraError
@@ -27,7 +28,7 @@ from lora_cli.models.load import load_model
 from lora_cli.models.nf4 import quantized_layers
 from lora_cli.publish import published
 from lora_cli.recipe.schema import Export
-from lora_cli.stages import _merge_base
+from lora_cli.stages import _lossy, _merge_base
 from lora_cli.types import Example
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -58,44 +59,90 @@ def run(
     card: str,
     facts: Mapping[str, str],
     settings: Export,
+    tokenizer: Any | None = None,
     sample: Sequence[Example] = (),
+    merge_with: str = "lora-merge TARGET --output DIR",
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
-    A method that PEFT cannot hold is written as one that it can, and how far that is from it is logged and said in the
-    model card. `card` is the model card's text, `facts` join the manifest. The tokenizer's files come from `base`, byte
-    for byte. On the rows of `sample` it is measured what a quantized base is best merged into; the figures are returned
-    as `merge_base`.
+    A method that a format cannot hold is written as one that it can, and how far that is from it is logged and said in
+    the model card, as is a note of the method's own. `card` is the model card's text, `facts` join the manifest. The
+    tokenizer's files come from `base`, byte for byte, unless a `tokenizer` that knows more tokens is given. On the rows
+    of `sample` it is measured what a quantized base is best merged into. Those figures are returned as `merge_base`,
+    those of a portable adapter as `portable_update`; `merge_with` is the command to use where it is refused.
 
     Raises:
-        InputError: a target exists.
-        GateError: a merged model of a quantized base is farther from the live one than the recipe allows.
+        InputError: a target exists, or a portable adapter cannot hold what was trained.
+        GateError: a merged model of a quantized base, or a portable adapter, is farther from the live model than the
+            recipe allows; the portable one is written last.
         LoraError: what was read back differs from what was meant by more than LIMITS; nothing is published.
     """
     differences: dict[str, Any] = {}
-    for form, target in targets.items():
-        note = ""
+    require_expressible(targets, model, method)
+    for form, target in sorted(targets.items(), key=lambda item: item[0] == "portable"):
+        notes: list[str] = []
         with published(target, facts=dict(facts)) as staging:
-            if form == "peft":
-                written, errors = method.as_peft()
+            if form == "merged":
+                difference, measured = _export_merged(staging, model, base, settings, sample, log)
+                differences |= measured
+            else:
+                written, errors = _as_adapter(form, method, settings, merge_with)
                 _peft.write(staging, written, base_name=base_name, revision=revision)
                 difference, from_live = _reload_adapter(staging, model, written)
+                notes = [method.note()] if method.note() else []
+                notes += [_new_tokens(model)] if tokenizer is not None else []
                 if errors:
-                    note = _approximation(written, errors, from_live, model.model.dtype)
-                    log(f"export: {note}")
-            elif quantized_layers(model.model):
-                chosen, figures = _merge_base.choose(settings, model, base, sample, log)
-                differences["merge_base"] = {"chosen": chosen, **figures}
-                with _merge_base.on_dense_base(chosen, model, base) as dense:
-                    difference = _write_merged(staging, dense, settings.max_shard_bytes, log)
-            else:
-                difference = _write_merged(staging, model, settings.max_shard_bytes, log)
-            _check(form, difference, model.model.dtype)
-            _add_companions(staging, base, stop_ids, f"{card}\n{note}\n" if note else card)
+                    notes += _lossy.describe(form, written, errors, from_live, model.dtype)
+                if form == "portable":
+                    rank = written.disk_config()["r"]
+                    differences["portable_update"] = _lossy.figures(rank, errors, from_live)
+            _check(form, difference, model.dtype)
+            for note in notes:
+                log(f"export: {note}")
+            whole_card = "\n\n".join([card, *notes]).rstrip("\n") + "\n"
+            _add_companions(staging, base, tokenizer, stop_ids, whole_card)
         differences[form] = difference
         log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
     return differences
+
+
+def require_expressible(forms: Collection[str], model: AdaptedModel, method: Method) -> None:
+    """Refuse formats that cannot hold what the injected method trains; no training is needed to know it.
+
+    Raises:
+        InputError: with what it is.
+    """
+    if "portable" in forms:
+        _portable.require_expressible(method, model.model)
+
+
+def _as_adapter(
+    form: str, method: Method, settings: Export, merge_with: str
+) -> tuple[Method, dict[str, float]]:
+    """Return what is written in an adapter's place, and each layer's relative error; empty: the method itself."""
+    if form == "peft":
+        return method.as_peft()
+    plain, errors = _portable.plain_lora(method, settings.portable_rank)
+    _lossy.require_near(errors, plain.rank, settings.max_portable_error, merge_with)
+    return plain, errors
+
+
+def _export_merged(
+    folder: Path,
+    model: AdaptedModel,
+    base: Path,
+    settings: Export,
+    sample: Sequence[Example],
+    log: Callable[[str], None],
+) -> tuple[float, dict[str, Any]]:
+    """Write the merged model; return its largest logit difference read back, and what a quantized base measured."""
+    if not quantized_layers(model.model):
+        return _write_merged(folder, model, settings.max_shard_bytes, log), {}
+    chosen, figures = _merge_base.choose(settings, model, base, sample, log)
+    with _merge_base.on_dense_base(chosen, model, base) as dense:
+        difference = _write_merged(folder, dense, settings.max_shard_bytes, log)
+    return difference, {"merge_base": {"chosen": chosen, **figures}}
 
 
 def _check(form: str, difference: float, dtype: torch.dtype) -> None:
@@ -105,6 +152,16 @@ def _check(form: str, difference: float, dtype: torch.dtype) -> None:
             f"export.{form}: read back, its logits differ from what was written by {difference:.2e}"
             f" (the limit is {limit:g} in {str(dtype).removeprefix('torch.')}; nothing was published)"
         )
+
+
+def _new_tokens(model: AdaptedModel) -> str:
+    """Say what a reader other than ours must do before it loads an adapter with tokens that the base lacks."""
+    embedding: Any = model.model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    rows = embedding.weight.shape[0]
+    return (
+        "The tokenizer beside this adapter has tokens that the base's has not. For PEFT, load it from here and call"
+        f" `model.resize_token_embeddings({rows})` on the base before it loads the adapter."
+    )
 
 
 @torch.no_grad()
@@ -139,32 +196,24 @@ def _reload_adapter(folder: Path, model: AdaptedModel, written: Method) -> tuple
     return float((read - meant).abs().max()), float((read - live).abs().max())
 
 
-def _approximation(written: Method, errors: Mapping[str, float], from_live: float, dtype: torch.dtype) -> str:
-    """Say how far an adapter is from the update it stands for; the logits' difference has rounding in it too."""
-    worst = max(errors, key=lambda path: errors[path])
-    return (
-        f"The update is written as {written.peft_type} of rank {written.disk_config()['r']}: relative error"
-        f" {sum(errors.values()) / len(errors):.1e} in the mean, {errors[worst]:.1e} at worst ({worst});"
-        f" logits, in {str(dtype).removeprefix('torch.')}, differ from the trained model's by at most {from_live:.1e}"
-    )
-
-
 def _write_merged(
     folder: Path, model: AdaptedModel, max_shard_bytes: int, log: Callable[[str], None]
 ) -> float:
     """Write the merged model, read it back, return its largest logit difference to the live merged model."""
     live = sample_logits(model.model)
-    _untie_adapted_embeddings(model)
+    shared = _tied(model.model)
     with _merge_base.merged(model):
         merged = sample_logits(model.model)
         with _unwrapped(model), _plain_generation(model.model):
+            if shared and not _tied(model.model):
+                model.model.config.tie_word_embeddings = False
             model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     # Another exact attention rounds differently in bfloat16; it is the weights that are compared here.
     attention = model.model.config._attn_implementation
-    reread = load_model(folder, dtype=model.model.dtype, device=model.device, attention=attention)
+    reread = load_model(folder, dtype=model.dtype, device=model.device, attention=attention)
     if model.layers:
         rounding = float((merged - live).abs().max())
-        log(f"merge: rounding the update into {model.model.dtype} moves a logit by at most {rounding:.1e}")
+        log(f"merge: rounding the update into {model.dtype} moves a logit by at most {rounding:.1e}")
     return float((sample_logits(reread) - merged).abs().max())
 
 
@@ -181,17 +230,11 @@ def _unwrapped(model: AdaptedModel) -> Iterator[None]:
             replace_module(model.model, path, layer)
 
 
-def _untie_adapted_embeddings(model: AdaptedModel) -> None:
-    """Give an adapted or separately trained output head weights of its own where it shares the input embedding's."""
-    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
-    shared = _original_weight(embedding)
-    if head is None or _original_weight(head) is not shared:
-        return
-    if isinstance(head, AdapterLinear):
-        head.base.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
-    # Merging a TrainedModule parts them.
-    if isinstance(head, AdapterLinear) or head.weight is not embedding.weight:
-        model.model.config.tie_word_embeddings = False
+def _tied(model: PreTrainedModel) -> bool:
+    """Say whether head and input embedding have one weight: merging parts them where only one of them was trained."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    weights = [_original_weight(module) for module in (embedding, head) if module is not None]
+    return len(weights) == 2 and (weights[0] is weights[1] or torch.equal(*weights))
 
 
 def _original_weight(module: nn.Module) -> Any:
@@ -208,8 +251,12 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _add_companions(folder: Path, base: Path, stop_ids: Sequence[int], card: str) -> None:
-    for name in _TOKENIZER_FILES:
+def _add_companions(
+    folder: Path, base: Path, tokenizer: Any | None, stop_ids: Sequence[int], card: str
+) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name in _TOKENIZER_FILES if tokenizer is None else ():
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     # Its other settings stay as they are: transformers reads some that it refuses to write.

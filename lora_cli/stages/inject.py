@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli import adapters
-from lora_cli.adapters import Method
+from lora_cli.adapters import Method, Start
+from lora_cli.adapters._targets import expert_tensors
+from lora_cli.data.chosen_tokens import token_ids
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, fastest_attention, load_model
 from lora_cli.models.nf4 import Quantization, quantized_layers
+from lora_cli.models.packing import keep_apart
 from lora_cli.recipe.schema import Adapter
 from lora_cli.runtime.dist import Runtime
+from lora_cli.stages._start_source import StartSource
 from lora_cli.types import Prepared
 
-_POSITION_TABLE = re.compile(r"(wpe|embed_positions|position_embeddings?)$")
+_NAMES_OF_EXPERTS = frozenset(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
+"""Layers of experts as they were called before a mixture held them in 3-D tensors; dense layers still are."""
+
+_POSITION_TABLE = re.compile(r"(wpe|embed_positions|position_embeddings?)(\.base)?$")
 
 
 def run(
@@ -30,33 +38,51 @@ def run(
     adapter: Adapter,
     prepared: Prepared,
     *,
+    start: Start | None,
     quantization: Quantization | None,
+    packing: bool | Literal["auto"],
     total_steps: int,
     max_length: int,
     max_generated: int,
+    batch_size: int,
     seed: int,
+    resumed: Callable[[], Mapping[str, Tensor] | None],
     rt: Runtime,
     log: Callable[[str], None],
 ) -> tuple[AdaptedModel, Method]:
     """Return the base of `folder` with the method injected, ready to train on the prepared rows.
 
+    With `start` the method begins at that adapter's values, and `adapter` has been settled by it. `resumed` gives the
+    method's state in the checkpoint that the run goes on from, for a start that must not change.
+
     Raises:
         InputError: the model cannot be loaded or cannot take these rows, a target matches nothing in it or cannot be
-            adapted, or a schedule of the method does not fit into `total_steps`.
+            adapted, `start` does not fit it, a schedule of the method does not fit into `total_steps`, or the model
+            does not pack.
     """
     attention = fastest_attention(rt.device, max_length)
     model = load_model(
         folder, dtype=DTYPES[dtype], device=rt.device, attention=attention, quantization=quantization
     )
-    check_rows_fit(model, prepared, max_generated=max_generated)
-    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    experts = sum(parameter.numel() for parameter in expert_tensors(model).values())
     packed = quantized_layers(model)
     in_packed = sum(layer.in_features * layer.out_features for layer in packed.values())
     total = in_packed + sum(parameter.numel() for parameter in model.parameters())
-    method = adapters.build(adapter, seed)
+    method = start.build(adapter, seed) if start else adapters.build(adapter, seed)
+    method.learn_tokens(partial(token_ids, prepared.tokenizer))
     method.plan(total_steps)
-    layers = method.inject(model)
+    if start:
+        log(start.inject(method, adapter, model))
+    else:
+        source = StartSource(folder, prepared, batch_size=batch_size, seed=seed, resumed=resumed, rt=rt)
+        for line in method.prepare(model, source):
+            log(line)
+        method.inject(model)
+    layers = method.layers
+    # Only now, since new tokens may have made the embedding grow.
+    check_rows_fit(model, prepared, max_generated=max_generated)
     _check_forward(model)
+    packs = settle_packing(model, packing, log)
     trainable = method.trainable(model)
     # With no adapter to switch off, the base survives only as a copy of the weights that will change.
     frozen_copy: dict[str, Tensor] = {}
@@ -76,7 +102,33 @@ def run(
     )
     if layers and experts:
         log(f"model: {experts:,} of its parameters are experts held in 3-D tensors; they get no adapter")
-    return AdaptedModel(model, method.placed(), frozen_copy), method
+        alike = sorted({path.rpartition(".")[2] for path in layers} & _NAMES_OF_EXPERTS)
+        if alike and method.peft_type not in ("ADALORA", "VERA"):
+            log(
+                f"model: on some mixtures PEFT 0.21 takes {', '.join(alike)} for names of the experts, and opens the"
+                " adapter without these layers (export merged besides, or choose targets: attention)"
+            )
+    return AdaptedModel(model, method.placed(), frozen_copy, packs=packs), method
+
+
+def settle_packing(
+    model: PreTrainedModel, packing: bool | Literal["auto"], log: Callable[[str], None]
+) -> bool:
+    """Make the model ready for packed rows where the recipe wants it, and return whether it is.
+
+    Raises:
+        InputError: packing is asked for, and the model does not keep packed rows apart.
+    """
+    if packing is False:
+        return False
+    reason = keep_apart(model)
+    if reason is None:
+        return True
+    fault = f"{model.config.model_type} does not keep rows apart in one sequence: {reason}"
+    if packing is True:
+        raise InputError(f"data.packing: found true, but {fault} (use auto or false)")
+    log(f"packing: off, rows are padded; {fault}")
+    return False
 
 
 def check_rows_fit(model: PreTrainedModel, prepared: Prepared, *, max_generated: int) -> None:
@@ -116,13 +168,15 @@ def _learned_positions(model: PreTrainedModel) -> int | None:
 
 @torch.no_grad()
 def _check_forward(model: PreTrainedModel) -> None:
-    """Run two tokens through the injected model.
+    """Run two tokens through the injected model, as in evaluation and as in training: the code may differ.
 
     Raises:
         InputError: the model's code reaches past a wrapped layer into its weight, so an adapter would do nothing.
     """
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+        for training in (True, False):
+            model.train(training)(input_ids=ids, use_cache=False)
     except AttributeError as error:
         raise InputError(
             f"adapter.targets: this model's code does not call one of the layers but reads its parts ({error});"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -88,12 +88,14 @@ def run(
     log: Callable[[str], None],
     *,
     need_train: bool = True,
+    spelled: Sequence[str] = (),
     consumes: tuple[type, ...] = (Conversation, Text),
 ) -> Prepared:
     """Prepare the recipe's splits; without `need_train` only the held-out one.
 
-    `tokenizer` is a transformers fast tokenizer, left as it is; `log` receives one line per origin of rows. `consumes`
-    are the kinds of rows that the objective can use.
+    `tokenizer` is a transformers fast tokenizer, left as it is; `log` receives one line per origin of rows. `spelled`
+    are control tokens that a message may hold; other ones in it are ordinary text. `consumes` are the kinds of rows
+    that the objective can use.
 
     Raises:
         InputError: if a split that is needed is not set, cannot be read, has bad rows, or none to train on.
@@ -104,7 +106,7 @@ def run(
     templated = any(job.reading.format != "text" for job in jobs)
     template = choose_template(tokenizer, data.template) if templated else "plain"
     pad_id, stop_ids = settle_special_tokens(tokenizer, template)
-    tokenization = Tokenization(data, train_on, tokenizer, template)
+    tokenization = Tokenization(data, train_on, tokenizer, template, spelled)
     for job in jobs:
         job.tasks = _tasks(job, tokenization)
 

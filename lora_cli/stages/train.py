@@ -49,8 +49,7 @@ def run(
     step = GradientStep(settings, model, method, objective, prepared.train, seed, rt)
     checkpoints = Checkpoints(folder / CHECKPOINTS, keep=settings.keep_checkpoints)
     if resume_step is not None:
-        step.state, extra = checkpoints.load(resume_step, step.optimizer)
-        method.load_state_dict(extra)
+        step.state = step.restore(checkpoints, resume_step)
     state, total, keep_best = step.state, step.total, exports_best(settings)
 
     def save() -> None:
@@ -79,8 +78,7 @@ def run(
                 raise Stopped(f"stopped by signal {stop} after step {state.step} of {total}, saved", stop)
     log.stop_progress()
     if keep_best and state.best_step is not None:
-        _, extra = checkpoints.load(state.best_step, step.optimizer)
-        method.load_state_dict(extra)
+        step.restore(checkpoints, state.best_step)
     for line in method.report():
         log.line(line)
     rate = state.tokens / state.seconds if state.seconds else 0.0

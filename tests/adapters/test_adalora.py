@@ -72,11 +72,11 @@ def test_penalty_is_pefts_and_the_papers_gram_matrices(architecture: str) -> Non
     assert injected(architecture, orthogonal_weight=0.0)[1].penalty() is None
 
 
-@pytest.mark.parametrize("delta_t", [1, 3])
-def test_training_and_allocation_equal_pefts(delta_t: int) -> None:
+@pytest.mark.parametrize(("delta_t", "kind"), [(1, "llama"), (3, "llama"), (3, "qwen2"), (3, "gpt2")])
+def test_training_and_allocation_equal_pefts(delta_t: int, kind: str) -> None:
     """30 steps follow PEFT with its penalty and allocator: loss to 1e-4 at every step, the same ranks at the end."""
-    model, method = injected(delta_t=delta_t)
-    other = pefts(deltaT=delta_t)
+    model, method = injected(kind, delta_t=delta_t)
+    other = pefts(kind, deltaT=delta_t)
     with torch.no_grad():
         for path, layer in method.layers.items():
             module = other.get_submodule(f"base_model.model.{path}")

@@ -89,7 +89,7 @@ def test_all_linear_is_pefts(architecture: str) -> None:
         (["q_proj", "nothing"], "'nothing' matches no linear layer"),
         ("encoder.*", "its linear layers are named"),
         ("(", "is not a regular expression"),
-        (["embed_tokens"], "matches no linear layer"),
+        (["embed_tokens"], "is an embedding, which this method does not adapt"),
     ],
 )
 def test_a_target_that_matches_nothing_is_refused(targets: str | list[str], hint: str) -> None:

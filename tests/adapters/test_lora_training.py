@@ -110,6 +110,17 @@ def test_losses_follow_pefts(name: str, architecture: str) -> None:
     assert follow(model, method, other, adamw(other)) <= 1e-4
 
 
+def test_plain_lora_follows_pefts(architecture: str) -> None:
+    """30 steps of LoRA on every linear layer keep the losses of PEFT's model to 1e-4, with bias and in Conv1D too."""
+    model = make_model(architecture)
+    method = adapters.build(LoraAdapter(rank=4, alpha=6.0), seed=1)
+    method.inject(model)
+    values = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    other = peft.get_peft_model(make_model(architecture), peft.LoraConfig(**values))
+    start_alike(method, other)
+    assert follow(model, method, other, adamw(other)) <= 1e-4
+
+
 def test_lora_plus_follows_pefts() -> None:
     """30 steps with a ratio of 8 keep the losses of PEFT's LoRA+ optimizer to 1e-4, and are not plain LoRA's."""
     model = make_model("llama")

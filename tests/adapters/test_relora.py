@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli import adapters
 from lora_cli.adapters._base import Method
 from lora_cli.adapters._low_rank import LoraLinear
+from lora_cli.adapters._portable import truncate
 from lora_cli.adapters.lora import Lora
-from lora_cli.adapters.relora import Relora, ReloraLinear, prune, truncate
+from lora_cli.adapters.relora import Relora, ReloraLinear, prune
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.recipe import schema
@@ -62,7 +63,12 @@ def test_a_restart_changes_no_output(layer: ReloraLinear, before: int) -> None:
     assert float((layer.merged_weight() - weight).abs().max()) <= 1e-6 * float(weight.abs().max())
     assert not layer.lora_B.any()
     assert not torch.equal(layer.lora_A, live)
-    assert len(layer.past_A) == min(4 * (before + 1), 16)  # the fifth multiplies the factors out
+    if before < 4:
+        assert len(layer.past_A) == 4 * (before + 1)
+        assert layer.past_delta is None
+    else:  # wider than the smaller side of 16, the factors are multiplied out
+        assert len(layer.past_A) == 0
+        assert layer.past_delta is not None
 
 
 @torch.no_grad()

@@ -114,17 +114,25 @@ def test_eval_of_a_run_reads_the_recipe_of_the_run(
 def test_merge_hands_over_folder_and_type(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--output and --dtype arrive; without --dtype it is None, the recipe's."""
+    """--output, --dtype and --adapter arrive; without --dtype it is None, the recipe's, without --adapter a model."""
     calls = []
     monkeypatch.setattr(
-        pipeline, "merge", lambda target, output, recipe, dtype: calls.append((target, output, dtype))
+        pipeline, "merge", lambda target, output, recipe, **how: calls.append((target, output, *how.values()))
     )
     assert (
         run_here(capsys, "merge", "adapter", "--output", "m", "model.base=./base", "--dtype", "float32").code
         == 0
     )
     assert run_here(capsys, "lora", "merge", "adapter", "-o", "m", "model.base=./base").code == 0
-    assert calls == [(Path("adapter"), Path("m"), "float32"), (Path("adapter"), Path("m"), None)]
+    assert (
+        run_here(capsys, "merge", "adapter", "-o", "m", "model.base=./base", "--adapter", "portable").code
+        == 0
+    )
+    assert calls == [
+        (Path("adapter"), Path("m"), "float32", "merged"),
+        (Path("adapter"), Path("m"), None, "merged"),
+        (Path("adapter"), Path("m"), None, "portable"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from toy import write_base, write_recipe
 from transformers import PreTrainedModel
 
 from lora_cli import adapters, pipeline
-from lora_cli.adapters import Method, _peft
+from lora_cli.adapters import Method, _peft, _portable
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives.sft import Sft
 from lora_cli.recipe import schema
@@ -135,6 +135,21 @@ def test_merged_equals_forward(name: str, architecture: str, base: str) -> None:
     assert float((logits(model) - live).abs().max()) <= 1e-5
 
 
+@pytest.mark.parametrize("base", ["bf16", "nf4-bf16"])
+@pytest.mark.parametrize("name", WITH_LAYERS)
+def test_merging_rounds_once(name: str, architecture: str, base: str) -> None:
+    """In bfloat16 the merged weight is the float32 sum of base and update, rounded once."""
+    model, method = injected(name, architecture, base)
+    train(model, method)
+    for layer in method.layers.values():
+        expected = layer.merged_weight().to(torch.bfloat16)
+        before = layer.base_weight().clone()
+        layer.merge()
+        stored = layer.base.weight.T if architecture == "gpt2" else layer.base.weight
+        assert torch.equal(stored, expected)
+        assert not torch.equal(stored, before)
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", WITH_LAYERS)
 def test_unmerge_restores_every_bit(name: str, architecture: str, base: str) -> None:
@@ -207,17 +222,45 @@ def test_initialisation_is_a_function_of_the_seed(name: str) -> None:
         assert any(not torch.equal(value, other[key]) for key, value in first[1].trainable(first[0]).items())
 
 
+@pytest.mark.parametrize("base", ["fp32", "bf16", "nf4"])
 @pytest.mark.parametrize("name", WITH_LAYERS)
-def test_trained_on_nf4_it_opens_on_the_full_base(tmp_path: Path, name: str, architecture: str) -> None:
-    """An adapter trained on an NF4 base is read by PEFT and by us on the float32 base, with logits equal to 1e-5."""
-    model, method = injected(name, architecture, "nf4")
+def test_trained_on_any_base_it_opens_on_the_full_one(
+    tmp_path: Path, name: str, architecture: str, base: str
+) -> None:
+    """What was trained on any base has on the float32 one the file's keys in PEFT, and our logits to 1e-5."""
+    model, method = injected(name, architecture, base)
     train(model, method)
     written, _ = method.as_peft()
     _peft.write(tmp_path, written, base_name="base", revision=None)
     theirs = peft.PeftModel.from_pretrained(make_model(architecture), tmp_path).eval()
+    assert set(peft.get_peft_model_state_dict(theirs)) == set(load_file(tmp_path / _peft.TENSOR_FILE))
     ours = make_model(architecture)
     adapters.load(tmp_path, ours)
     assert float((logits(ours) - logits(theirs)).abs().max()) <= 1e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", WITH_LAYERS)
+def test_its_portable_adapter_is_as_near_as_it_says(tmp_path: Path, name: str, architecture: str) -> None:
+    """As plain LoRA each layer misses what is told of its update, nothing where it has factors; PEFT reads it so."""
+    model, method = injected(name, architecture)
+    train(model, method)
+    written, errors = _portable.plain_lora(method)
+    _peft.write(tmp_path, written, base_name="base", revision=None)
+    tensors = load_file(tmp_path / _peft.TENSOR_FILE)
+    for path, layer in method.layers.items():
+        a, b = (tensors[f"{_peft.PREFIX}{path}.lora_{which}.weight"] for which in "AB")
+        assert len(a) == b.shape[1] == written.rank
+        update = (layer.merged_weight() - layer.base_weight().float()).detach()
+        assert errors[path] == pytest.approx(
+            float((update - b @ a).norm() / update.norm()), rel=1e-3, abs=1e-5
+        )
+        assert layer.plain_factors() is None or errors[path] <= 1e-5
+    theirs = peft.PeftModel.from_pretrained(make_model(architecture), tmp_path).eval()
+    if max(errors.values()) <= 1e-5:
+        assert float((logits(theirs) - logits(model)).abs().max()) <= 1e-5  # type: ignore[arg-type]
+    ours = make_model(architecture)
+    adapters.load(tmp_path, ours)
+    assert float((logits(theirs) - logits(ours)).abs().max()) <= 1e-5  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", WITH_LAYERS)

@@ -1,4 +1,4 @@
-"""What was trained on an NF4 base, written as merged models: every method, trained biases and modules."""
+"""What was trained on an NF4 base, written as merged models: every method, biases and modules, a tied head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ CPU = torch.device("cpu")
 BESIDES = schema.LoraAdapter(
     rank=4, alpha=8.0, bias="adapter", train_also=["norm", "lm_head", "embed_tokens"]
 )
-CASES = {**{name: (SETTINGS[name], "gpt2") for name in WITH_LAYERS}, "biases and modules": (BESIDES, "qwen2")}
+TIED_HEAD = schema.LoraAdapter(rank=4, alpha=8.0, targets=["lm_head", "q_proj"])
+CASES = {
+    **{name: (SETTINGS[name], "gpt2") for name in WITH_LAYERS},
+    "biases and modules": (BESIDES, "qwen2"),
+    "head of a tied model": (TIED_HEAD, "llama"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the folder of each architecture's model, with tokenizer files."""
     tokenizer = write_base(tmp_path_factory.mktemp("models") / "base")
     made = {}
-    for architecture in ("gpt2", "qwen2"):
+    for architecture in ("gpt2", "qwen2", "llama"):
         made[architecture] = tokenizer.parent / architecture
         make_model(architecture).save_pretrained(made[architecture])
         for file in tokenizer.glob("token*"):

@@ -51,6 +51,29 @@ def test_the_names_of_other_tools_lead_to_keys_that_exist() -> None:
             assert nearest_key(name) == f" (did you mean {leaves[-1] if leaves else ours}?)"
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("init_r", "initial_rank"),
+        ("target_r", "target_rank"),
+        ("deltaT", "delta_t"),
+        ("orth_reg_weight", "orthogonal_weight"),
+        ("init_lora_weights", "init"),
+        ("use_rslora", "scaling"),
+        ("use_dora", "method"),
+        ("modules_to_save", "train_also"),
+        ("lora_alpha", "alpha"),
+        ("target_modules", "targets"),
+        ("layers_to_transform", "layers"),
+        ("rho", "eva_rho"),
+    ],
+)
+def test_pefts_names_in_the_adapter_block_lead_to_ours(theirs: str, ours: str) -> None:
+    """A key of PEFT's configs, written in a recipe's adapter block, is answered with the key that does the same."""
+    with pytest.raises(InputError, match=rf"adapter\.{theirs}: .*\(did you mean adapter\.{ours}\?\)"):
+        load_recipe(None, [f"adapter.{theirs}=1"])
+
+
 def test_a_word_like_nothing_gets_no_suggestion() -> None:
     """A wrong guess is worse than none."""
     assert nearest_key("qqqq") == ""

@@ -119,6 +119,10 @@ def test_every_problem_is_told_in_one_pass_in_the_order_of_the_file(tmp_path: Pa
         ("adapter: {targets: '['}", "1:11: adapter.targets: '[' is not a regular expression"),
         ("adapter: {targets: []}", "1:11: adapter.targets: found nothing"),
         ("adapter: {method: full}\nexport: {formats: [peft]}", "2:10: export.formats: found peft, but full"),
+        (
+            "adapter: {method: full, masters: stochastic_rounding}\nmodel: {dtype: float32}",
+            "1:25: adapter.masters: found stochastic_rounding, but a float32 weight is its own master",
+        ),
         ("train: {eval_every: 5}", "1:9: train.eval_every: found 5, but there are no held-out rows"),
     ],
 )  # fmt: skip

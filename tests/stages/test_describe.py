@@ -17,11 +17,13 @@ from weightless import describe, finding, tokenizer_of, write_base, write_word_b
 
 from lora_cli.errors import InputError
 from lora_cli.objectives._base import pad_batches
+from lora_cli.objectives._packing import pack_batches
 from lora_cli.recipe.load import load_recipe
 from lora_cli.runtime import order
 from lora_cli.runtime.dist import Runtime
 from lora_cli.stages import prepare
 from lora_cli.stages.describe import histogram
+from lora_cli.types import Example
 
 QUESTION, ANSWER = "what does the cat say", "the cat says purr"
 
@@ -85,26 +87,37 @@ def test_padding_is_that_of_the_collator(base: Path, tmp_path: Path, batch_size:
     prepared = prepare.run(
         recipe.data, "assistant", tokenizer_of(base), Runtime(torch.device("cpu")), lambda _: None
     )
-    assert prepared.train is not None
+    train, device = prepared.train, torch.device("cpu")
+    assert train is not None
+
+    def rows_of(step: int) -> list[tuple[int, Example]]:
+        mine = order.rows_of_step(step, num_rows=50, batch_size=batch_size, seed=3)
+        return [(row, train[row]) for row in mine]
+
     batches = [
         batch
         for step in range(order.steps_per_epoch(50, batch_size))
         for batch in pad_batches(
-            [
-                (row, prepared.train[row])
-                for row in order.rows_of_step(step, num_rows=50, batch_size=batch_size, seed=3)
-            ],
-            tokens=epoch["pass_tokens"],
-            pad_id=prepared.pad_id,
-            device=torch.device("cpu"),
+            rows_of(step), tokens=epoch["pass_tokens"], pad_id=prepared.pad_id, device=device
         )
     ]
     real = sum(int(batch.attention_mask.sum()) for batch in batches)
     padded = sum(batch.input_ids.numel() for batch in batches)
     assert epoch["pass_tokens"] == (64 if tokens == "64" else 4096)
     assert epoch["steps"] == -(-50 // batch_size)
-    assert (epoch["passes"], epoch["tokens"]) == (len(batches), real)
-    assert epoch["padding"] == pytest.approx(1 - real / padded, abs=1e-4)
+    assert (epoch["padded"]["passes"], epoch["tokens"]) == (len(batches), real)
+    assert epoch["padded"]["padding"] == pytest.approx(1 - real / padded, abs=1e-4)
+    packed = [
+        batch
+        for step in range(epoch["steps"])
+        for batch in pack_batches(rows_of(step), tokens=epoch["pass_tokens"], device=torch.device("cpu"))
+    ]
+    assert epoch["packed"]["passes"] == len(packed)
+    room = len(packed) * epoch["pass_tokens"]
+    assert epoch["packed"]["filled"] == pytest.approx(
+        sum(batch.input_ids.numel() for batch in packed) / room, abs=1e-4
+    )
+    assert describe(base, *overrides, "run.seed=3", "data.packing=false")["epoch"]["packed"] is None
 
 
 @pytest.mark.parametrize(("most", "step"), [(1, 1), (9, 1), (37, 5), (513, 50), (100_000, 10_000)])
@@ -262,6 +275,16 @@ def test_limits_of_the_model_are_held_against_the_rows(tmp_path: Path) -> None:
     base = write_base(tmp_path / "short", positions=16)
     path = write_rows(tmp_path / "rows.jsonl", rows(8))
     assert finding(describe(base, f"data.train={path}"), "beyond_positions")["remedy"] == "data.max_length=16"
+
+
+def test_tokens_of_the_recipe_are_known(base: Path, tmp_path: Path) -> None:
+    """New tokens are tokens as in training, the vocabulary grows by them, and one that no row holds is a warning."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": QUESTION, "completion": f"<tool>{ANSWER}"}] * 2)
+    said = describe(base, f"data.train={path}", "adapter.add_tokens=[<tool>]", show=1)
+    assert [token["text"] for token in said["rows"][0]["sides"][0]["tokens"]].count("<tool>") == 1
+    assert not [one for one in said["findings"] if one["name"] in ("beyond_vocabulary", "refused")]
+    said = describe(base, f"data.train={path}", "adapter.add_tokens=[<other>]")
+    assert "<other>" in finding(said, "refused")["what"]
 
 
 def test_sources_are_counted_apart(base: Path, tmp_path: Path) -> None:
