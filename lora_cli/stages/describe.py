@@ -62,7 +62,7 @@ def run(
         "tokens": _special(prepared, texts),
         "sources": [_source(one, prepared.train) for one in prepared.sources],
         "splits": {name: _split(recipe, split, prepared, texts) for name, split in splits.items()},
-        "overlap": _overlap(splits),
+        "overlap": _overlap(splits, splits_rows=recipe.data.overlong == "split"),
         "epoch": None,
     }
     if not unlearnt(said, consumes):
@@ -177,15 +177,16 @@ def _duplicates(split: Dataset, *, splits_rows: bool) -> dict[str, Any]:
     return found
 
 
-def _overlap(splits: Mapping[str, Dataset]) -> dict[str, Any] | None:
+def _overlap(splits: Mapping[str, Dataset], *, splits_rows: bool) -> dict[str, Any] | None:
     """Return how many held-out rows are trained on as well, and the first of them beside that training row."""
     if "eval" not in splits:
         return None
-    found = overlap(splits["train"], splits["eval"])
+    whole = set(as_written(splits["eval"], split=splits_rows).tolist())
+    found = [pair for pair in overlap(splits["train"], splits["eval"]) if pair[0] in whole]
     first = found[0] if found else None
     return {
-        "rows": len({splits["eval"].where(row) for row, _ in found}),
-        "of": len(splits["eval"]),
+        "rows": len(found),
+        "of": len(whole),
         "first": splits["eval"].where(first[0]) if first else None,
         "repeats": splits["train"].where(first[1]) if first else None,
     }

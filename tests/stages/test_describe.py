@@ -237,6 +237,10 @@ def test_pairs_are_shown_beside_each_other(base: Path, tmp_path: Path) -> None:
     assert (split["rows"], split["pairs"], split["duplicates"]["rows"]) == (8, 4, 0)
     assert said["epoch"] is None
     assert finding(said, "not_consumed")["level"] == "warning"
+    same = describe(
+        base, f"data.train={path}", f"data.eval={write_rows(tmp_path / 'held.jsonl', content[3:])}"
+    )
+    assert (same["overlap"]["rows"], same["overlap"]["of"]) == (2, 2)
     for index, row in enumerate(said["rows"]):
         trained = {
             side["name"]: tokenizer.decode([token["id"] for token in side["tokens"] if token["trained"]])
