@@ -17,13 +17,14 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto
 h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; display: block; overflow-x: auto }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px solid var(--line); font-weight: normal }
-td:first-child, th:first-child, .left { text-align: left; overflow-wrap: anywhere } th, .dim { color: var(--dim) }
+td:first-child, th:first-child, .left, .wide { text-align: left; overflow-wrap: anywhere }
+th, .dim { color: var(--dim) }
 .bar { display: inline-block; height: .8rem; min-width: 1px; background: var(--tokens) }
-.bar.trained { background: var(--trained) } td.wide { width: 16rem; text-align: left }
+.bar.trained { background: var(--trained) } td.wide { width: 16rem }
 .finding { border-left: 4px solid var(--tokens); padding: .2rem .8rem; margin: .6rem 0; overflow-wrap: anywhere }
 .finding.warning { border-color: var(--warning) } .finding b { text-transform: uppercase; font-size: .8rem }
 .row { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: 1rem 0 }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem }
+.sides { display: flex; flex-wrap: wrap; gap: 1rem } .sides > div { flex: 1 1 20rem; min-width: 0 }
 .tokens { font: 13px/1.9 ui-monospace, monospace; overflow-wrap: anywhere }
 .tokens span { color: var(--dim); border-bottom: 1px dotted var(--line); margin-right: 1px }
 .tokens .c { color: var(--control) }
@@ -89,9 +90,12 @@ def _findings(findings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
 
 
+_LEFT = dict.fromkeys(("read as", "by tokens", "by trained tokens"), ' class="left"')
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield "<table>"
-    yield f"<tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>"
+    yield f"<tr>{''.join(f'<th{_LEFT.get(name, str())}>{name}</th>' for name in head)}</tr>"
     for row in rows:
         yield f"<tr>{''.join(cell if cell.startswith('<td') else f'<td>{cell}</td>' for cell in row)}</tr>"
     yield "</table>"
@@ -145,10 +149,9 @@ def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
             [
                 f"{edges[bin]:,}-{edges[bin + 1] - 1:,}",
                 f"{tokens[bin]:,}",
-                f'<td class="wide"><span class="bar" style="width:{100 * tokens[bin] / most:.2f}%"></span></td>',
+                _bar(tokens[bin] / most, "bar"),
                 f"{trained[bin]:,}",
-                '<td class="wide"><span class="bar trained"'
-                f' style="width:{100 * trained[bin] / most:.2f}%"></span></td>',
+                _bar(trained[bin] / most, "bar trained"),
             ]
             for bin in range(len(tokens))
             if tokens[bin] or trained[bin]
@@ -159,6 +162,11 @@ def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
         ["longest rows", "tokens", "trained"],
         [[_text(row["where"]), f"{row['tokens']:,}", f"{row['trained']:,}"] for row in split["longest"]],
     )
+
+
+def _bar(share: float, kind: str) -> str:
+    bar = f'<span class="{kind}" style="width:{100 * share:.2f}%"></span>' if share else ""
+    return f'<td class="wide">{bar}</td>'
 
 
 def _epoch(epoch: Mapping[str, Any] | None) -> Iterator[str]:
@@ -190,6 +198,4 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _shown(token: Mapping[str, Any]) -> str:
     kind = ' class="t"' if token["trained"] else ' class="c"' if token["control"] else ""
     ending = "<br/>" if token["text"].endswith("\n") else ""
-    return (
-        f"<span{kind}>{escape(token_text(token['text'], False))}<small>{token['id']}</small></span>{ending}"
-    )
+    return f"<span{kind}>{escape(token_text(token['text'], False))}<small>{token['id']}</small></span>{ending or '<wbr/>'}"
