@@ -197,5 +197,6 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _shown(token: Mapping[str, Any]) -> str:
     kind = ' class="t"' if token["trained"] else ' class="c"' if token["control"] else ""
-    ending = "<br/>" if token["text"].endswith("\n") else ""
-    return f"<span{kind}>{escape(token_text(token['text'], False))}<small>{token['id']}</small></span>{ending or '<wbr/>'}"
+    text = escape(token_text(token["text"], False))
+    ending = "<br/>" if token["text"].endswith("\n") else "<wbr/>"
+    return f"<span{kind}>{text}<small>{token['id']}</small></span>{ending}"
