@@ -31,7 +31,7 @@ from lora_cli.errors import InputError, ResourceError
 from lora_cli.publish import Staging, sweep, verify
 from lora_cli.types import Example
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 
 
 def cache_root() -> Path:

@@ -182,7 +182,7 @@ def test_a_page_of_pairs_is_well_formed(folder: Path, base: Path) -> None:
 
 def test_ctrl_c_leaves_nothing(folder: Path) -> None:
     """SIGINT while rows are tokenized ends with 130, without a traceback, a page or a piece of a cache."""
-    write_rows(folder / "rows.jsonl", rows(16) * 20_000)
+    write_rows(folder / "rows.jsonl", rows(16) * 5_000)
     cache = folder.parent / "cache"
     code = "import sys; from lora_cli.cli import main; sys.exit(main())"
     process = subprocess.Popen(
