@@ -73,3 +73,17 @@ def finding(said: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the only finding of this name."""
     (found,) = [one for one in said["findings"] if one["name"] == name]
     return dict(found)
+
+
+def recount(tokenizer: Any, turns: list[dict[str, str]]) -> tuple[int, int]:
+    """Return the tokens of a conversation and those of its last answer with terminator, by transformers alone."""
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    start = len(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
+    end = text.rindex("<|im_end|>") + len("<|im_end|>")
+    offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    return len(offsets), sum(start <= first < end for first, _ in offsets)
+
+
+def turns_of(prompt: str, answer: str) -> list[dict[str, str]]:
+    """Return a question and its answer as messages."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 import torch
 from toy import rows, write_rows
-from weightless import describe, finding, tokenizer_of, write_base, write_word_base
+from weightless import (
+    describe,
+    finding,
+    recount,
+    tokenizer_of,
+    turns_of,
+    write_base,
+    write_word_base,
+)
 
 from lora_cli.errors import InputError
 from lora_cli.objectives._base import pad_batches
@@ -38,19 +46,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the token cache of each test apart."""
     monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
-
-
-def recount(tokenizer: Any, turns: list[dict[str, str]]) -> tuple[int, int]:
-    """Return the tokens of a conversation and those of its last answer with terminator, by transformers alone."""
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    start = len(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-    end = text.rindex("<|im_end|>") + len("<|im_end|>")
-    offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
-    return len(offsets), sum(start <= first < end for first, _ in offsets)
-
-
-def turns_of(prompt: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def test_counts_are_those_of_transformers(base: Path, tmp_path: Path) -> None:
@@ -315,48 +310,3 @@ def test_a_second_description_reads_the_cache(base: Path, tmp_path: Path) -> Non
     assert first == second
     assert {one: one.stat().st_mtime_ns for one in (tmp_path / "cache").rglob("*")} == made
     assert first["splits"]["train"]["rows"] + first["splits"]["eval"]["rows"] == 20
-
-
-REAL = {
-    "gsm8k.test.jsonl": ("fields", "conversations"),
-    "alpaca_en_demo.json": ("alpaca", "conversations"),
-    "dpo_en_demo.json": ("sharegpt_preference", "preference pairs"),
-    "wiki_demo.txt": ("text", "texts"),
-}
-FIELDS = 'data.fields={prompt: "{question}", completion: "{answer}"}'
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_real_data_is_shown_right(name: str, base: Path, tmp_path: Path, shared_data: Path) -> None:
-    """The real files load by detection or a mapping, and counts and trained text are those of the file itself."""
-    path, most = shared_data / name, 60
-    overrides = [f"data.train={path}", f"data.max_train_rows={most}", "data.max_length=100000"]
-    overrides += [FIELDS] if name.startswith("gsm8k") else []
-    said = describe(base, *overrides, show=2)
-    (source,) = said["sources"]
-    assert (source["format"], source["kind"]) == REAL[name]
-    tokenizer, shown = tokenizer_of(base), said["rows"][1]["sides"]
-    text = path.read_text(encoding="utf-8")
-    trained = [tokenizer.decode([one["id"] for one in side["tokens"] if one["trained"]]) for side in shown]
-    if name.endswith(".txt"):
-        documents = [line for line in text.splitlines() if line.strip()]
-        assert source["counts"]["kept"] == len(documents)
-        whole = tokenizer.decode([one["id"] for one in shown[0]["tokens"]])
-        assert whole == documents[1] + "<|im_end|>"
-        return
-    content = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
-    assert source["counts"]["kept"] == most
-    if name.startswith("dpo"):
-        assert trained == [content[1][side]["value"] + "<|im_end|>" for side in ("chosen", "rejected")]
-        return
-    answer = "answer" if name.startswith("gsm8k") else "output"
-    assert trained == [content[1][answer] + "<|im_end|>"]
-    counted = [recount(tokenizer, turns_of(_prompt(row), row[answer])) for row in content[:most]]
-    split = said["splits"]["train"]
-    assert (split["tokens"], split["trained_tokens"]) == tuple(map(sum, zip(*counted, strict=True)))
-
-
-def _prompt(row: dict[str, str]) -> str:
-    if "question" in row:
-        return row["question"]
-    return row["instruction"] + (f"\n\n{row['input']}" if row["input"].strip() else "")
