@@ -20,7 +20,6 @@ from weightless import (
     tokenizer_of,
     turns_of,
     write_base,
-    write_word_base,
 )
 
 from lora_cli.errors import InputError
@@ -252,21 +251,6 @@ def test_labels_are_shown(base: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     shown = describe(base, f"data.train={path}", rows=("rows.json:1",))["rows"]
     assert [row["wanted"] for row in shown] == [True, False, True, False]
-
-
-@pytest.mark.parametrize("byte_fallback", [False, True])
-def test_unknown_characters_are_counted_and_named(tmp_path: Path, byte_fallback: bool) -> None:
-    """Characters without a token are found as transformers encodes them: as the unknown token, or as bytes."""
-    base = write_word_base(tmp_path / "base", byte_fallback=byte_fallback)
-    content = [{"prompt": QUESTION, "completion": ANSWER}, {"prompt": QUESTION, "completion": f"{ANSWER} 京"}]
-    path = write_rows(tmp_path / "rows.jsonl", content)
-    unknown = describe(base, f"data.train={path}")["splits"]["train"]["unknown"]
-    ids = tokenizer_of(base)("京", add_special_tokens=False)["input_ids"]
-    pieces = tokenizer_of(base).convert_ids_to_tokens(ids)
-    assert unknown["tokens"] == pieces.count("<unk>") == (0 if byte_fallback else 1)
-    assert unknown["byte_tokens"] == sum(piece.startswith("<0x") for piece in pieces)
-    assert unknown["byte_tokens"] == (3 if byte_fallback else 0)
-    assert (unknown["rows"], unknown["first"], unknown["characters"]) == (1, f"{path}:2", ["京"])
 
 
 def test_limits_of_the_model_are_held_against_the_rows(tmp_path: Path) -> None:
