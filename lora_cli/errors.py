@@ -41,7 +41,7 @@ class ResourceError(LoraError, OSError):
 
 
 class GateError(LoraError, ValueError):
-    """A score missed the bound asked for with `--min` or `--max`; the run itself is complete. Exit code 5."""
+    """What `--min`, `--max` or `--strict` asks for was missed; the run or report itself is complete. Exit code 5."""
 
     exit_code = 5
 

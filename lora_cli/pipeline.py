@@ -3,6 +3,7 @@
     prepare -> inject -> train -> evaluate -> export        `train`, the whole job
     prepare -> inject ----------> evaluate                  `evaluate`
                inject ----------------------> export        `merge`
+    prepare -> describe                                     `describe_data`
                inject -> what was learned                   `inspect`
 
 Each stage is one file in `stages/` with one public `run`. Nothing is written before the data are prepared and the
@@ -32,6 +33,7 @@ from lora_cli.models.load import (
     fastest_attention,
     load_model,
     load_tokenizer,
+    tokenizer_folder,
 )
 from lora_cli.models.nf4 import Quantization
 from lora_cli.models.safety import check_model_folder
@@ -46,11 +48,11 @@ from lora_cli.runtime.faults import resource_faults
 from lora_cli.runtime.log import Log
 from lora_cli.runtime.resume import begin, find_finished, method_state
 from lora_cli.runtime.run_folder import EXPORTS, RunFolder
+from lora_cli.stages import describe, export, inject, prepare
 from lora_cli.stages import evaluate as evaluate_stage
-from lora_cli.stages import export, inject, prepare
 from lora_cli.stages import inspect as inspect_stage
 from lora_cli.stages import train as train_stage
-from lora_cli.types import Example, Examples, Prepared
+from lora_cli.types import Conversation, Example, Examples, Labelled, Pair, Prepared, Text
 
 
 def train(
@@ -164,6 +166,32 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         return {"base": scores.base, "tuned": scores.tuned}
 
 
+def describe_data(recipe: Recipe, *, show: int = 0, rows: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what training would be fed: counts, lengths, findings, and rows token by token; no weights are read.
+
+    `show` training rows are shown, and those that `rows` names as `file:line`.
+    """
+    with _started(recipe) as (rt, log):
+        folder, config = tokenizer_folder(recipe.model.base, recipe.model.revision)
+        recipe, _ = _settle_start(recipe, None)
+        tokenizer, named = _tokenizer(recipe, folder), _named_tokens(recipe)
+        every = (Conversation, Text, Pair, Labelled)
+        prepared = prepare.run(
+            recipe.data, recipe.objective.train_on, tokenizer, rt, log.line, consumes=every, spelled=named
+        )
+        refusals: list[str] = []
+        for check in (lambda: require_used(prepared, named), lambda: _total_steps(recipe, prepared)):
+            try:
+                check()
+            except InputError as error:
+                refusals += error.lines
+        objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
+        return describe.run(
+            recipe, prepared, config, consumes=objective.consumes, device=rt.device.type, refusals=refusals,
+            show=show, rows=rows,
+        )  # fmt: skip
+
+
 def merge(
     target: Path, output: Path, recipe: Recipe, dtype: str | None = None, form: str = "merged"
 ) -> dict[str, Any]:
@@ -232,14 +260,15 @@ def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
     return None, base_folder(str(target))
 
 
-def _settle_start(recipe: Recipe, base: Path) -> tuple[Recipe, Start | None]:
-    """Return the recipe with what the adapter that it starts from settles, and that adapter."""
+def _settle_start(recipe: Recipe, base: Path | None) -> tuple[Recipe, Start | None]:
+    """Return the recipe with what the adapter that it starts from settles, and that adapter; it must fit the base."""
     name = recipe.init_from()
     if name is None:
         return recipe, None
     folder = RunFolder(Path(name).expanduser()).adapter()
     start = adapters.open_start(folder, recipe.adapter.method)
-    _require_base_of(folder, base)
+    if base is not None:
+        _require_base_of(folder, base)
     return recipe.model_copy(update={"adapter": start.settle(recipe.adapter)}), start
 
 

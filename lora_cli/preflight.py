@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_cli.errors import InputError
-from lora_cli.models.safety import TINY, check_model_folder
+from lora_cli.models.safety import TINY, check_model_folder, check_tokenizer_folder
 from lora_cli.models.weight_files import read_header, read_json
 from lora_cli.recipe.keys import keys_at
 from lora_cli.recipe.schema import Recipe
@@ -42,6 +42,19 @@ def check(
         lambda: _check_allowed(allow),
         lambda: _check_start(recipe, resume=resume),
         lambda: _check_output(recipe, resume=resume, overwrite=overwrite),
+    )
+
+
+def check_description(recipe: Recipe) -> list[str]:
+    """Check a recipe whose data are to be described: the rows and the tokenizer; the base needs no weights.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    return _run_all(
+        lambda: _check_data(recipe, "train"),
+        lambda: _check_data(recipe, "eval") if recipe.data.eval is not None else None,
+        lambda: _check_model(recipe, needs_weights=False),
     )
 
 
@@ -194,7 +207,7 @@ def _placed(recipe: Recipe, line: str) -> str:
     return recipe.at(key) + line.removeprefix(key) if key.startswith("data.") else line
 
 
-def _check_model(recipe: Recipe) -> str:
+def _check_model(recipe: Recipe, *, needs_weights: bool = True) -> str:
     base, place = recipe.model.base, recipe.at("model.base")
     _check_name(place, base)
     folder = TINY if base == "tiny" else _expanded(place, base)
@@ -206,10 +219,11 @@ def _check_model(recipe: Recipe) -> str:
         revision = recipe.at("model.revision")
         raise InputError(f"{revision}: {base} is a local folder, which has no revisions (remove the key)")
     try:
-        header = check_model_folder(folder)
+        if not needs_weights:
+            return f"model.base: {base}: {check_tokenizer_folder(folder)['model_type']}, its tokenizer"
+        return f"model.base: {base}: {check_model_folder(folder).summary}"
     except InputError as error:
         raise InputError([f"{place}: {line}" for line in error.lines]) from None
-    return f"model.base: {base}: {header.summary}"
 
 
 def _check_allowed(keys: Sequence[str]) -> None:

@@ -113,6 +113,29 @@ class SplitCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceReport:
+    """How one source was read, and what became of its rows; a pair counts as one row."""
+
+    key: str
+    """Where the recipe names it: data.train, data.eval, or data.sources.NAME."""
+    files: tuple[str, ...]
+    format: str
+    detected: bool
+    kind: str
+    """`texts`, `conversations`, `preference pairs` or `labelled answers`."""
+    counts: SplitCounts
+    too_long: int
+    untrained: int
+    """Rows that were dropped since they have nothing to train."""
+    longest: int
+    """Tokens of the longest row as written."""
+    firsts: Mapping[str, str]
+    """`file:line` of the first row that is `too_long`, `untrained` or `truncated`, and of the `longest`."""
+    bad_lines: tuple[str, ...]
+    """Messages of the first bad rows that were skipped."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """Result of the prepare stage."""
 
@@ -128,6 +151,7 @@ class Prepared:
     template: str
     """`model` or `plain`: which rendering was used."""
     counts: dict[str, SplitCounts]
+    sources: tuple[SourceReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The command line: `lora-train`, `lora-eval`, `lora-merge`, and `lora` with these as subcommands.
+"""The command line: `lora-train`, `lora-eval`, `lora-merge`, and `lora` with these and more as subcommands.
 
 Each command reads the recipe, has everything checked that can be checked without torch, calls `pipeline` and
 returns an exit code. Nothing here imports torch before the recipe is known to be good.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lora_cli.cli import evaluate, inspect, merge, recipe, train
+from lora_cli.cli import data, evaluate, inspect, merge, recipe, train
 from lora_cli.cli.exits import new_app, run
 from lora_cli.cli.version import version_option
 
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     app.command("train")(train.train)
     app.command("eval")(evaluate.evaluate)
     app.command("merge")(merge.merge)
+    app.command("data")(data.data)
     app.command("inspect")(inspect.inspect)
     app.add_typer(recipe.app(), name="recipe")
     return run(app, "lora", arguments)

@@ -31,7 +31,7 @@ from lora_cli.errors import InputError, ResourceError
 from lora_cli.publish import Staging, sweep, verify
 from lora_cli.types import Example
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 6
 
 
 def cache_root() -> Path:
@@ -83,6 +83,10 @@ class TokenCache:
             raise IndexError(index)
         part = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
         return Example(np.asarray(self._tokens[part]), np.asarray(self._trained[part]))
+
+    def flat(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Return all rows one after the other, tokens and trained (T,), and where each begins and ends, (R + 1,)."""
+        return np.asarray(self._tokens), np.asarray(self._trained), self._offsets
 
 
 class CacheWriter:

@@ -17,12 +17,21 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class CachedPart:
-    """A cache, and what its rows are called: `name`, `separator`, and the line added to `lines_before`."""
+    """A cache, and what its rows are called: `name`, `separator`, and the line added to `lines_before`.
+
+    `key` is where the recipe names the source. With `pairs` rows 2k and 2k + 1 are the chosen and the rejected answer.
+    """
 
     cache: TokenCache
     name: str
     separator: str
     lines_before: int
+    key: str = ""
+    pairs: bool = False
+
+    def where(self, line: int) -> str:
+        """Return what a line is called that is counted from the beginning of the part."""
+        return f"{self.name}{self.separator}{self.lines_before + line}"
 
 
 class Dataset:
@@ -44,20 +53,27 @@ class Dataset:
 
     def __getitem__(self, index: int) -> Example:
         """Return row `index`; its arrays are views into the mapped file, read-only."""
-        part, row = self._find(index)
+        part, row = self.find(index)
         return part.cache[row]
 
     def where(self, index: int) -> str:
         """Return `file:line` of row `index` (`name: row n`, where there are no lines)."""
-        part, row = self._find(index)
-        return f"{part.name}{part.separator}{part.lines_before + int(part.cache.lines[row])}"
+        part, row = self.find(index)
+        return part.where(int(part.cache.lines[row]))
 
     @property
     def identities(self) -> npt.NDArray[np.uint64]:
         """A hash of what each row says, (R,)."""
         return np.concatenate([part.cache.identities for part in self.parts])[self.rows]
 
-    def _find(self, index: int) -> tuple[CachedPart, int]:
+    @property
+    def origins(self) -> tuple[Indices, Indices]:
+        """Each row's part, and its place in that part's cache, (R,) and (R,)."""
+        part = np.searchsorted(self._starts, self.rows, side="right") - 1
+        return part, self.rows - self._starts[part]
+
+    def find(self, index: int) -> tuple[CachedPart, int]:
+        """Return the part of row `index`, and the row's place in its cache."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         row = int(self.rows[index])

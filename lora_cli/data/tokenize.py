@@ -38,6 +38,16 @@ CHUNK_ROWS, CHUNK_CHARACTERS = 512, 1_000_000
 """Most that is rendered and encoded together: enough to keep all cores busy, little enough to hold in memory (an
 encoded token takes about 100 bytes until it is written)."""
 PART_BYTES = 32 * 2**20
+_NOTED = ("too_long", "untrained", "truncated")
+"""Counts of the tally whose first row is noted."""
+
+
+_KINDS: dict[type[Row], str] = {
+    Pair: "preference pairs",
+    Labelled: "labelled answers",
+    Text: "texts",
+    Conversation: "conversations",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,16 @@ class Reading:
 
     format: str
     fields: Fields | None = None
+
+    @property
+    def makes(self) -> type[Row]:
+        """What a row becomes."""
+        return Conversation if self.fields else FORMATS[self.format].makes
+
+    @property
+    def kind(self) -> str:
+        """What its rows are called."""
+        return _KINDS[self.makes]
 
     def reader(self) -> Callable[[RawRow], Row]:
         """Return the function that reads a row."""
@@ -145,17 +165,24 @@ class Tokenization:
     def run(self, task: Task) -> Outcome:
         """Tokenize a part and publish its cache, unless a bad row or a fault stands against it."""
         tally, faults = Tally(), Faults(task.source.name)
+        firsts: dict[str, int] = {}
         try:
             before = _state(task.source)
             with CacheWriter(task.folder, task.name) as writer:
                 for raw, row, examples in self._examples(task, faults):
+                    line, longest = raw.number - task.part.first_line + 1, tally.longest
                     for example in fit(examples, raw.where, self.data, tally, faults):
-                        writer.add(example, raw.number - task.part.first_line + 1, row)
+                        writer.add(example, line, row)
+                    for kind in _NOTED:
+                        if kind not in firsts and getattr(tally, kind):
+                            firsts[kind] = line
+                    if tally.longest > longest:
+                        firsts["longest"] = line
                 tally.bad = faults.count
                 if _state(task.source) != before:
                     raise InputError(f"{task.source.name}: changed while it was read (start again)")
                 if self.data.on_bad_row == "skip" or not faults.count:
-                    writer.publish({"tally": asdict(tally), "bad lines": faults.lines})
+                    writer.publish({"tally": asdict(tally), "bad lines": faults.lines, "first lines": firsts})
         except LoraError as fault:
             return Outcome(tally, faults.lines, fault)
         return Outcome(tally, faults.lines)
@@ -163,7 +190,7 @@ class Tokenization:
     def _examples(self, task: Task, faults: Faults) -> Iterator[tuple[RawRow, int, list[Example]]]:
         """Yield each row with its identity and what it becomes: a pair two examples, all others one."""
         # What is preferred or wanted is the answer, never the turns before it.
-        answers = not task.reading.fields and FORMATS[task.reading.format].makes in (Pair, Labelled)
+        answers = task.reading.makes in (Pair, Labelled)
         train_on = "completion" if answers else self.train_on
         if (
             train_on not in self._tools

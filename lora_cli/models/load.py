@@ -24,12 +24,13 @@ from transformers import logging as transformers_logging
 from lora_cli.errors import InputError
 from lora_cli.models.load_quantized import load_quantized
 from lora_cli.models.nf4 import Quantization
-from lora_cli.models.safety import TINY, check_model_folder
+from lora_cli.models.safety import TINY, check_model_folder, check_tokenizer_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _SAMPLE_BYTES = 65536
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "*.model"]
+_TOKENIZER_FILES = ["*.json", "tokenizer*", "*.jinja", "*.model"]
+_HUB_FILES = ["*.safetensors", *_TOKENIZER_FILES]
 
 # transformers draws progress bars for a few small files and warns about things we check ourselves.
 transformers_logging.set_verbosity_error()
@@ -44,10 +45,26 @@ def base_folder(base: str, revision: str | None = None) -> Path:
     """
     if base == "tiny":
         return TINY
+    folder = _local_folder(base, revision, _HUB_FILES)
+    check_model_folder(folder)
+    return folder
+
+
+def tokenizer_folder(base: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """Return the local folder of a base's tokenizer, and its config; no weights are needed or fetched.
+
+    Raises:
+        InputError: as `base_folder`.
+    """
+    folder = TINY if base == "tiny" else _local_folder(base, revision, _TOKENIZER_FILES)
+    return folder, check_tokenizer_folder(folder)
+
+
+def _local_folder(base: str, revision: str | None, files: list[str]) -> Path:
     folder = Path(base).expanduser()
     if not folder.exists():
         try:
-            folder = Path(snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES))
+            folder = Path(snapshot_download(base, revision=revision, allow_patterns=files))
         except HFValidationError as error:
             raise InputError(f"model.base: {base!r}: no such folder, and not a hub id") from error
         except RepositoryNotFoundError as error:
@@ -59,7 +76,6 @@ def base_folder(base: str, revision: str | None = None) -> Path:
             raise InputError(
                 f"model.base: {base!r}: no such folder, and the hub did not answer ({reason})"
             ) from error
-    check_model_folder(folder)
     return folder
 
 

@@ -64,17 +64,7 @@ def check_model_folder(path: Path) -> ModelHeader:
     Raises:
         InputError: with a line per problem: files missing, damaged or that name code, or another model type.
     """
-    if not path.exists():
-        raise InputError(f"{path}: no such folder (give a model folder or a hub id)")
-    if not path.is_dir():
-        raise InputError(f"{path}: is not a folder (a model folder has config.json)")
-    if not (path / "config.json").exists():
-        if (path / "adapter_config.json").exists():
-            raise InputError(f"{path}: is an adapter, not a model (give the base model it was trained on)")
-        raise InputError(
-            f"{path}: there is no config.json (a model is a folder with config.json and *.safetensors)"
-        )
-    config = read_json(path / "config.json")
+    config = _read_config(path)
     problems = list(_config_faults(path, config))
     tensors: Tensors = {}
     try:
@@ -95,6 +85,34 @@ def check_model_folder(path: Path) -> ModelHeader:
         dtypes=tuple(sorted({dtype for dtype, _, _ in tensors.values()})),
         tied=bool(config.get("tie_word_embeddings", tied)),
     )
+
+
+def check_tokenizer_folder(path: Path) -> dict[str, Any]:
+    """Return the config of a decoder-only model whose weights need not be there, beside its fast tokenizer.
+
+    Raises:
+        InputError: as `check_model_folder`, for all but the weights.
+    """
+    config = _read_config(path)
+    problems = [*_config_faults(path, config), *_tokenizer_faults(path)]
+    if problems:
+        raise InputError(problems)
+    return config
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise InputError(f"{path}: no such folder (give a model folder or a hub id)")
+    if not path.is_dir():
+        raise InputError(f"{path}: is not a folder (a model folder has config.json)")
+    if not (path / "config.json").exists():
+        if (path / "adapter_config.json").exists():
+            raise InputError(f"{path}: is an adapter, not a model (give the base model it was trained on)")
+        raise InputError(
+            f"{path}: there is no config.json (a model is a folder with config.json and *.safetensors)"
+        )
+    config: dict[str, Any] = read_json(path / "config.json")
+    return config
 
 
 def _config_faults(path: Path, config: dict[str, Any]) -> Iterator[str]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lora_cli.models.adapted import AdaptedModel
-from lora_cli.types import IGNORED, Batch, Example, Progress
+from lora_cli.types import IGNORED, Batch, Conversation, Example, Progress, Text
 
 Rows = Sequence[tuple[int, Example]]
 """Rows with their index in the data set."""
@@ -28,15 +29,23 @@ def batch_tokens(wanted: int | str, model: AdaptedModel, *, at_most: dict[str, i
     `at_most` is by device type. All logits of a pass are alive at once in two types, with their gradient about 12
     bytes each: they get 2 GB on a CPU and 16 GB on a GPU.
     """
+    vocabulary = model.model.config.get_text_config().vocab_size
+    return tokens_of_pass(wanted, vocabulary, model.device.type, at_most=at_most)
+
+
+def tokens_of_pass(wanted: int | str, vocabulary: int, device: str, *, at_most: dict[str, int]) -> int:
+    """Return what `batch_tokens` does, for a model of which only the vocabulary is known; `device` is cpu or cuda."""
     if isinstance(wanted, int):
         return wanted
-    kind = model.device.type
-    room = {"cpu": 2 * 10**9, "cuda": 16 * 10**9}[kind]
-    return max(1, min(at_most[kind], room // (12 * model.model.config.get_text_config().vocab_size)))
+    room = {"cpu": 2 * 10**9, "cuda": 16 * 10**9}[device]
+    return max(1, min(at_most[device], room // (12 * vocabulary)))
 
 
 class Objective(ABC):
     """What training minimises."""
+
+    consumes: ClassVar[tuple[type, ...]] = (Conversation, Text)
+    """Kinds of rows that it can learn from."""
 
     @abstractmethod
     def micro_batches(
@@ -55,16 +64,19 @@ class Objective(ABC):
 
 def pad_batches(rows: Rows, *, tokens: int, pad_id: int, device: torch.device) -> list[Batch]:
     """Return right-padded batches of rows of similar length, at most `tokens` padded tokens each."""
-    batches = []
-    group: list[tuple[int, Example]] = []
-    for row in sorted(rows, key=lambda row: -len(row[1].input_ids)):
-        if group and len(group[0][1].input_ids) * (len(group) + 1) > tokens:
-            batches.append(_pad(group, pad_id, device))
-            group = []
-        group.append(row)
-    if group:
-        batches.append(_pad(group, pad_id, device))
-    return batches
+    groups = group_by_length([len(example.input_ids) for _, example in rows], tokens)
+    return [_pad([rows[index] for index in group], pad_id, device) for group in groups]
+
+
+def group_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Return the indices of `lengths`, the longest first, in groups of at most `tokens` tokens when padded."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def _pad(rows: Rows, pad_id: int, device: torch.device) -> Batch:

@@ -19,14 +19,15 @@ from lora_cli.data.cache import TokenCache, cache_root
 from lora_cli.data.dataset import CachedPart, Dataset, hold_out, mix, overlap
 from lora_cli.data.faults import SHOWN, Faults
 from lora_cli.data.fit import Tally
-from lora_cli.data.formats import FORMATS, choose_format
+from lora_cli.data.formats import choose_format
 from lora_cli.data.head import HEAD_ROWS, Origin, origins
 from lora_cli.data.read import Source
 from lora_cli.data.render import choose_template, settle_special_tokens
 from lora_cli.data.tokenize import Reading, Task, Tokenization, parts_of, run_all
 from lora_cli.errors import InputError
 from lora_cli.recipe.schema import Data
-from lora_cli.types import Conversation, Prepared, Text
+from lora_cli.stages._sources import report
+from lora_cli.types import Conversation, Pair, Prepared, Text
 
 Split = Literal["train", "eval"]
 
@@ -63,6 +64,8 @@ class _Job:
                     source.name,
                     source.separator,
                     task.part.first_line - 1,
+                    self.origin.key,
+                    self.reading.kind == "preference pairs",
                 )
                 for source, task in self.tasks
             ]
@@ -125,6 +128,9 @@ def run(
         formats={split: _formats(jobs, split) for split in splits},
         template=template,
         counts={job.origin.key.removeprefix("data."): job.tally.counts() for job in jobs},
+        sources=tuple(
+            report(job.origin, job.reading, job.parts, job.tally, detected=job.detected) for job in jobs
+        ),
     )
 
 
@@ -150,21 +156,13 @@ def _reading(origin: Origin, consumes: tuple[type, ...]) -> tuple[Reading, bool]
     if not head:
         faults.raise_if_any()
     name, _ = choose_format(origin.format, origin.fields, head, origin.key)
-    makes = Conversation if origin.fields else FORMATS[name].makes
-    if makes not in consumes:
+    reading = Reading(name, origin.fields)
+    if reading.makes not in consumes:
         raise InputError(
-            f"{origin.key}: {source.name}: its rows are {_KINDS[makes.__name__]} ({name}), which this objective cannot"
+            f"{origin.key}: {source.name}: its rows are {reading.kind} ({name}), which this objective cannot"
             " learn from (give conversations, prompts with completions, or texts)"
         )
-    return Reading(name, origin.fields), origin.format == "auto" and origin.fields is None
-
-
-_KINDS = {
-    "Pair": "preference pairs",
-    "Labelled": "labelled answers",
-    "Text": "texts",
-    "Conversation": "conversations",
-}
+    return reading, origin.format == "auto" and origin.fields is None
 
 
 def _tasks(job: _Job, tokenization: Tokenization) -> list[tuple[Source, Task]]:
@@ -228,7 +226,8 @@ def _select(data: Data, jobs: list[_Job]) -> dict[str, Dataset]:
         split = "eval" if job.origin.key == "data.eval" else "train"
         before = sum(len(part.cache) for part in parts[split])
         count = sum(len(part.cache) for part in job.parts)
-        rows[split].append(before + np.arange(min(count, job.origin.max_rows or count)))
+        most = (job.origin.max_rows or count) * (2 if job.reading.makes is Pair else 1)
+        rows[split].append(before + np.arange(min(count, most)))
         parts[split] += job.parts
     splits: dict[str, Dataset] = {}
     if rows["eval"]:
