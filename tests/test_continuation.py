@@ -218,14 +218,14 @@ def test_a_card_names_no_folder(job: Run, tmp_path: Path) -> None:
 
 
 def test_lines_are_those_of_the_file(job: Run, tmp_path: Path) -> None:
-    """Generated answers are listed by their line in the held-out file, also behind rows that were dropped."""
+    """Generated answers are listed by their file and line, also behind rows that were dropped."""
     long = {"prompt": "big " * 200, "completion": "x"}
     held_out = write_rows(tmp_path / "held.jsonl", [long, *rows(2), long, *rows(1)])
     job(data__eval=str(held_out), data__max_length=60, evaluate__metrics=["exact_match"])
     lines = [
-        json.loads(line)["line"] for line in (tmp_path / "run" / "generations.jsonl").read_text().splitlines()
+        json.loads(line)["row"] for line in (tmp_path / "run" / "generations.jsonl").read_text().splitlines()
     ]
-    assert lines == [2, 3, 5]
+    assert lines == [f"{held_out}:{line}" for line in (2, 3, 5)]
 
 
 def test_an_unfinished_run_is_gone_on_with_by_itself(job: Run, tmp_path: Path) -> None:
