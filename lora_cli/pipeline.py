@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lora_cli import adapters, objectives
 from lora_cli.adapters import Method, _peft
 from lora_cli.data.render import settle_special_tokens
+from lora_cli.data.templates import with_template
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import (
@@ -97,8 +98,9 @@ def train(
             targets = {form: folder.path / EXPORTS[form] for form in recipe.export_formats()}
             sample = _sample(prepared.eval or prepared.train)
             differences = _export(
-                targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample
-            )
+                targets, recipe, base, model, method, _chat_template(tokenizer, prepared.tokenizer),
+                prepared.stop_ids, card, rt, log, sample,
+            )  # fmt: skip
 
         summary = report.complete(summary, differences, seconds, rt.device)
         if rt.is_main:
@@ -115,8 +117,9 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
     with _started(recipe) as (rt, log):
         adapter, base = _locate(target, recipe)
         prepared = prepare.run(
-            recipe.data, recipe.objective.train_on, load_tokenizer(base), rt, log.line, need_train=False
-        )
+            recipe.data, recipe.objective.train_on, load_tokenizer(base), rt, log.line,
+            need_train=False, adapter=adapter,
+        )  # fmt: skip
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         generated = evaluate_stage.plan(recipe.evaluate, prepared)
         attention = fastest_attention(rt.device, recipe.data.max_length)
@@ -143,7 +146,7 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
             raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
-        sample = _held_out_sample(recipe, base, rt, log)
+        sample = _held_out_sample(recipe, base, adapter, rt, log)
         model = load_model(
             base,
             dtype=DTYPES[dtype or recipe.model.dtype],
@@ -151,13 +154,16 @@ def merge(target: Path, output: Path, recipe: Recipe, dtype: str | None = None) 
             quantization=_quantization(recipe),
         )
         method = _load_adapter(adapter, base, model)
-        _, stop_ids = settle_special_tokens(load_tokenizer(base), recipe.data.template)
+        own = load_tokenizer(base)
+        tokenizer = with_template(own, recipe.data.template, adapter)
+        _, stop_ids = settle_special_tokens(tokenizer, recipe.data.template)
         card = adapter / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, merged\n"
         adapted = AdaptedModel(model, method.placed())
         differences = _export(
-            {"merged": output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample
-        )
+            {"merged": output}, recipe, base, adapted, method, _chat_template(own, tokenizer),
+            stop_ids, text, rt, log, sample,
+        )  # fmt: skip
         return {"output": str(output), "max_logit_difference": differences.pop("merged"), **differences}
 
 
@@ -196,13 +202,21 @@ def _sample(examples: Examples | None) -> list[Example]:
     return [examples[row] for row in range(min(16, len(examples)))] if examples is not None else []
 
 
-def _held_out_sample(recipe: Recipe, base: Path, rt: Runtime, log: Log) -> list[Example]:
+def _chat_template(own: Any, used: Any) -> str | None:
+    """Return the chat template that takes the place of the base's in what is exported; None: the base's own."""
+    return None if used.chat_template == own.chat_template else str(used.chat_template)
+
+
+def _held_out_sample(recipe: Recipe, base: Path, adapter: Path, rt: Runtime, log: Log) -> list[Example]:
     """Return held-out rows for a merge that is measured; none where they are not wanted or no longer there."""
     if recipe.quantization() == "none" or not recipe.data.holds_out():
         return []
     tokenizer, train_on = load_tokenizer(base), recipe.objective.train_on
     try:
-        return _sample(prepare.run(recipe.data, train_on, tokenizer, rt, log.line, need_train=False).eval)
+        prepared = prepare.run(
+            recipe.data, train_on, tokenizer, rt, log.line, need_train=False, adapter=adapter
+        )
+        return _sample(prepared.eval)
     except InputError as error:
         log.line(f"merge: the held-out rows cannot be read: {error.lines[0]}")
         return []
@@ -231,6 +245,7 @@ def _export(
     base: Path,
     model: AdaptedModel,
     method: Method,
+    chat_template: str | None,
     stop_ids: Sequence[int],
     card: str,
     rt: Runtime,
@@ -245,7 +260,7 @@ def _export(
     return export.run(
         targets, model, method,
         base=base, base_name=str(base.resolve()) if local else recipe.model.base, revision=recipe.model.revision,
-        stop_ids=stop_ids, card=card, facts={"model.base": base_fingerprint(base)},
+        chat_template=chat_template, stop_ids=stop_ids, card=card, facts={"model.base": base_fingerprint(base)},
         settings=recipe.export, sample=sample, log=log.line,
     )  # fmt: skip
 

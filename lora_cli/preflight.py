@@ -14,6 +14,7 @@ from typing import Literal
 
 from lora_cli.errors import InputError
 from lora_cli.models.safety import TINY, check_model_folder
+from lora_cli.recipe.data_block import CHOICES, is_template_file
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime.run_folder import OURS, RunFolder
 
@@ -32,6 +33,7 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> l
         lambda: _check_data(recipe, "train"),
         lambda: _check_data(recipe, "eval") if recipe.data.eval is not None else None,
         lambda: _check_model(recipe),
+        lambda: _check_template(recipe),
         lambda: _check_output(recipe, resume=resume, overwrite=overwrite),
     )
 
@@ -44,6 +46,7 @@ def check_evaluation(target: Path, recipe: Recipe) -> list[str]:
     """
     return _run_all(
         lambda: _check_target(target, recipe),
+        lambda: _check_template(recipe, target),
         lambda: _check_data(
             recipe, "train" if recipe.data.eval is None and recipe.data.holds_out() else "eval"
         ),
@@ -58,6 +61,7 @@ def check_merge(target: Path, output: Path, recipe: Recipe) -> list[str]:
     """
     return _run_all(
         lambda: _check_target(target, recipe),
+        lambda: _check_template(recipe, target),
         lambda: _check_new_folder(target, output, recipe),
     )
 
@@ -173,7 +177,7 @@ def _data_names(recipe: Recipe, split: Literal["train", "eval"]) -> Iterator[tup
 def _placed(recipe: Recipe, line: str) -> str:
     """Return a message about a key with the place where the key was written."""
     key = line.partition(":")[0]
-    return recipe.at(key) + line.removeprefix(key) if key.startswith("data.") else line
+    return recipe.at(key) + line.removeprefix(key) if key.startswith(("data.", "model.")) else line
 
 
 def _check_model(recipe: Recipe) -> str:
@@ -192,6 +196,27 @@ def _check_model(recipe: Recipe) -> str:
     except InputError as error:
         raise InputError([f"{place}: {line}" for line in error.lines]) from None
     return f"model.base: {base}: {header.summary}"
+
+
+def _check_template(recipe: Recipe, target: Path | None = None) -> str | None:
+    """Check data.template; `target` is the run, adapter or model that is read, None where one is trained."""
+    wanted, place = recipe.data.template, recipe.at("data.template")
+    if is_template_file(wanted):
+        _check_name(place, wanted)
+        if not os.path.lexists(_expanded(place, wanted)):
+            if target is not None and RunFolder(target).is_run():
+                return None  # the adapter carries it
+            raise InputError(f"{place}: {wanted}: no such file{_near_matches(Path(wanted))}")
+    from lora_cli.data.head import has_conversations
+    from lora_cli.data.templates import check_template
+
+    if wanted in CHOICES and (target is not None or not has_conversations(recipe.data)):
+        return None
+    base = TINY if recipe.model.base == "tiny" else Path(recipe.model.base).expanduser()
+    try:
+        return check_template(wanted, base if (base / "tokenizer.json").is_file() else None)
+    except InputError as error:
+        raise InputError([_placed(recipe, line) for line in error.lines]) from None
 
 
 def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_cli.data.render import BREAK, Rendered, Span
-from lora_cli.data.special import any_of
+from lora_cli.data.special import added_bos, any_of
 from lora_cli.errors import InputError
 from lora_cli.types import Example
 
@@ -41,7 +41,7 @@ class Encoder:
         self._backend = _bare(self._spec)
         self._controls = dict(controls)
         self._private: tuple[Any, Ids] | None = None
-        self._bos_id = _added_bos(tokenizer)
+        self._bos_id = added_bos(tokenizer)
         # Text may well hold what the vocabulary lacks; every other control token must come from the template.
         self._never_from_text = [i for i in self._controls.values() if i != tokenizer.unk_token_id]
 
@@ -101,16 +101,6 @@ def _bare(spec: str) -> Any:
     backend = Tokenizer.from_str(spec)
     backend.post_processor = None
     return backend
-
-
-def _added_bos(tokenizer: Any) -> int | None:
-    """Return the begin token if the tokenizer puts one before a text by itself, else None."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return None
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    return int(bos) if full[:1] == [bos] and full != bare else None
 
 
 def trained_mask(encoding: Any, spans: Sequence[Span], length: int) -> Mask:

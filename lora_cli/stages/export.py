@@ -44,6 +44,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_MORE_TEMPLATES = "additional_chat_templates"
+"""Folder of a tokenizer that has several."""
 
 
 def run(
@@ -58,6 +60,7 @@ def run(
     card: str,
     facts: Mapping[str, str],
     settings: Export,
+    chat_template: str | None = None,
     sample: Sequence[Example] = (),
     log: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -65,8 +68,8 @@ def run(
 
     A method that PEFT cannot hold is written as one that it can, and how far that is from it is logged and said in the
     model card. `card` is the model card's text, `facts` join the manifest. The tokenizer's files come from `base`, byte
-    for byte. On the rows of `sample` it is measured what a quantized base is best merged into; the figures are returned
-    as `merge_base`.
+    for byte; a `chat_template` takes the place of the base's. On the rows of `sample` it is measured what a quantized
+    base is best merged into; the figures are returned as `merge_base`.
 
     Raises:
         InputError: a target exists.
@@ -92,7 +95,7 @@ def run(
             else:
                 difference = _write_merged(staging, model, settings.max_shard_bytes, log)
             _check(form, difference, model.model.dtype)
-            _add_companions(staging, base, stop_ids, f"{card}\n{note}\n" if note else card)
+            _add_companions(staging, base, chat_template, stop_ids, f"{card}\n{note}\n" if note else card)
         differences[form] = difference
         log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
     return differences
@@ -208,10 +211,16 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _add_companions(folder: Path, base: Path, stop_ids: Sequence[int], card: str) -> None:
+def _add_companions(
+    folder: Path, base: Path, chat_template: str | None, stop_ids: Sequence[int], card: str
+) -> None:
     for name in _TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
+    if chat_template is not None:
+        _replace_template(folder, chat_template)
+    elif (base / _MORE_TEMPLATES).is_dir():
+        shutil.copytree(base / _MORE_TEMPLATES, folder / _MORE_TEMPLATES)
     # Its other settings stay as they are: transformers reads some that it refuses to write.
     source = base / "generation_config.json"
     settings = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
@@ -219,3 +228,13 @@ def _add_companions(folder: Path, base: Path, stop_ids: Sequence[int], card: str
     settings["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
     (folder / source.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _replace_template(folder: Path, chat_template: str) -> None:
+    """Make a template the only one of an exported tokenizer."""
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.pop("chat_template", None) is not None:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
