@@ -116,7 +116,8 @@ def find_terminators(tokenizer: Any, template: ChatTemplate) -> Terminators:
             "could not learn to stop (use another data.template)"
         )
     middle = _first_control(tokenizer, text[ends[1] : places[2]])
-    if middle != last and middle is not None and middle in text[: places[0]]:
+    closes = _first_control(tokenizer, text[ends[0] : places[1]]) == middle  # a question too
+    if middle != last and middle is not None and middle in text[: places[0]] and not closes:
         middle = None  # it opens the next user turn, as it opened the first
     (head,) = template.render([(_PROBE[:3], [])], generation_prompt=True)
     direct = not isinstance(head, str) or last not in text[len(head) : places[3]]
