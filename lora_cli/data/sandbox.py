@@ -14,14 +14,14 @@ it; tests compare the two. We depart from it in three places:
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -46,6 +46,7 @@ MEMORY = 2**30
 OUTPUT = 50_000_000
 DATE = datetime(2024, 7, 26)
 """What Llama-3.1's template writes where nothing tells it the date."""
+_PAGE = resource.getpagesize()
 
 
 class _Cap(BaseException):
@@ -155,19 +156,29 @@ def _capped(name: str) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _memory_capped() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    try:
-        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    except (OSError, ValueError):
+    used = _address_space()
+    if used is None:
         yield
         return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limits = [limit for limit in (used + MEMORY, soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         yield
     finally:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _address_space() -> int | None:
+    """Return how many bytes of address space this process has mapped, None where /proc does not tell."""
+    try:
+        file = os.open("/proc/self/statm", os.O_RDONLY)  # a fifth of the time that a Python file takes
+    except OSError:
+        return None
+    try:
+        return int(os.read(file, 64).split(maxsplit=1)[0]) * _PAGE
+    finally:
+        os.close(file)
 
 
 @lru_cache(maxsize=8)

@@ -38,7 +38,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, controls: Mapping[str, int]) -> None:
         self._spec = backend_json(tokenizer)
-        self._backend = _bare(self._spec)
+        self.backend = _bare(self._spec)
         self._controls = dict(controls)
         self._private: tuple[Any, Ids] | None = None
         self._bos_id = added_bos(tokenizer)
@@ -52,7 +52,7 @@ class Encoder:
             InputError: if the tokenizer makes a control token from ordinary text.
         """
         plain = [row for row in rows if not row.broken]
-        encodings = iter(self._backend.encode_batch([row.text for row in plain], add_special_tokens=False))
+        encodings = iter(self.backend.encode_batch([row.text for row in plain], add_special_tokens=False))
         return [
             self._encode_broken(row) if row.broken else self._example(row, next(encodings)) for row in rows
         ]

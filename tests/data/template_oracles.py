@@ -82,7 +82,10 @@ def llama31(messages: Messages, tools: Any) -> Pieces:
     system, rest = parted(messages)
     ipython = "Environment: ipython\n" if tools else ""
     yield "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n" + ipython, False
-    yield f"Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system.strip()}<|eot_id|>", False
+    yield (
+        f"Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system.strip()}<|eot_id|>",
+        False,
+    )
     for place, message in enumerate(rest):
         content, role = message["content"].strip(), message["role"]
         if tools and place == 0:
@@ -126,9 +129,14 @@ def mistral_v3(messages: Messages, tools: Any) -> Pieces:
         content = message["content"]
         if message["role"] == "user":
             offered = f"[AVAILABLE_TOOLS] {dumps(tools)}[/AVAILABLE_TOOLS]" if tools else ""
-            yield f"{offered}[INST] {system and not place and system + chr(10) * 2 or ''}{content}[/INST]", False
+            yield (
+                f"{offered}[INST] {system and not place and system + chr(10) * 2 or ''}{content}[/INST]",
+                False,
+            )
         elif called(message):
-            calls = ", ".join(dumps({"name": c["name"], "arguments": c["arguments"]}) for c in called(message))
+            calls = ", ".join(
+                dumps({"name": c["name"], "arguments": c["arguments"]}) for c in called(message)
+            )
             yield f"[TOOL_CALLS] [{calls}]</s>", True
         elif message["role"] == "assistant":
             yield f" {content.strip()}</s>", True
@@ -209,7 +217,10 @@ def qwen(messages: Messages, tools: Any) -> Pieces:
             first = rest[place - 1]["role"] != "tool"
             last = rest[place + 1]["role"] != "tool"
             opening = "<|im_start|>user" if first else ""
-            yield f"{opening}\n<tool_response>\n{content}\n</tool_response>{'<|im_end|>' + chr(10) if last else ''}", False
+            yield (
+                f"{opening}\n<tool_response>\n{content}\n</tool_response>{'<|im_end|>' + chr(10) if last else ''}",
+                False,
+            )
             continue
         for call in called(message):
             start = "\n" if content else ""
@@ -227,7 +238,9 @@ def qwen3(messages: Messages, tools: Any) -> Pieces:
             if thought is None:
                 before, mark, after = content.rpartition("</think>")
                 if mark:
-                    thought = content.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2].lstrip("\n")
+                    thought = (
+                        content.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2].lstrip("\n")
+                    )
                     content = after.lstrip("\n")
             if place > last:
                 content = "<think>\n" + (thought or "").strip("\n") + "\n</think>\n\n" + content.lstrip("\n")
@@ -282,12 +295,18 @@ def harmony(messages: Messages, tools: Any) -> Pieces:
         if message["role"] == "user":
             yield f"<|start|>user<|message|>{content}<|end|>", False
         elif message["role"] == "tool":
-            yield f"<|start|>functions.{name} to=assistant<|channel|>commentary<|message|>{dumps(content)}<|end|>", False
+            yield (
+                f"<|start|>functions.{name} to=assistant<|channel|>commentary<|message|>{dumps(content)}<|end|>",
+                False,
+            )
         else:
             yield "<|start|>assistant", False
             for call in called(message):
                 name = call["name"]
-                yield f" to=functions.{name}<|channel|>commentary json<|message|>{dumps(call['arguments'])}<|call|>", True
+                yield (
+                    f" to=functions.{name}<|channel|>commentary json<|message|>{dumps(call['arguments'])}<|call|>",
+                    True,
+                )
             if not called(message):
                 thought = message.get("reasoning_content") if ends else None
                 if thought is not None:

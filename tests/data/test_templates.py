@@ -95,6 +95,7 @@ def joined(pieces: Any) -> list[tuple[str, bool]]:
 def check(name: str, messages: Messages, tools: Any = None) -> None:
     """Compare text, trained spans and tokens of one template with its oracle's."""
     tokenizer, faults = TOKENIZERS[name], Faults("rows.jsonl")
+    decode = tokenizer.backend_tokenizer.decode
     (rendered,) = RENDERERS[name].render([as_row(messages, tools or ())], faults)
     try:
         expected = joined(SHAPES[name].write(messages, tools))
@@ -107,17 +108,19 @@ def check(name: str, messages: Messages, tools: Any = None) -> None:
     assert pieces_of(rendered) == expected, name
     (example,) = ENCODERS[name].encode([rendered])
     ids, position = example.input_ids.tolist(), 0
-    assert tokenizer.decode(ids) == "".join(text for text, _ in expected), name
+    assert decode(ids, skip_special_tokens=False) == "".join(text for text, _ in expected), name
     if tokenizer.bos_token_id is not None and name != "llama2":  # which writes one before every question
         assert ids.count(tokenizer.bos_token_id) == (ids[0] == tokenizer.bos_token_id), name
     for trained, group in groupby(zip(ids, example.trained.tolist(), strict=True), key=lambda pair: pair[1]):
         length = len(list(group))
         position += length
         if trained:
-            text = tokenizer.decode(ids[position - length : position])
+            text = decode(ids[position - length : position], skip_special_tokens=False)
             span = next(text for text, is_trained in expected if is_trained)
             expected = expected[[is_trained for _, is_trained in expected].index(True) + 1 :]
-            across = span.removesuffix(text)  # in a token that begins before the answer, so it is fed, not trained
+            across = span.removesuffix(
+                text
+            )  # in a token that begins before the answer, so it is fed, not trained
             assert span.endswith(text) and len(across) < 12, name
             assert not across or tokenizer.decode(ids[position - length - 1]).endswith(across), name
     assert not any(is_trained for _, is_trained in expected), name
