@@ -18,6 +18,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -131,18 +132,21 @@ def _capped(name: str) -> Iterator[Callable[[], None]]:
         InputError: a cap is met.
     """
 
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise _Cap(f"does not end within {SECONDS:g} s")
+    began = time.thread_time()
 
     def start() -> None:
-        if (
-            timed
-        ):  # again every tenth of a second: where Python cannot raise (in a finalizer) the first is lost
-            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 0.1)
+        nonlocal began
+        began = time.thread_time()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if time.thread_time() - began >= SECONDS:  # the timer runs on the processor time of all threads
+            raise _Cap(f"does not end within {SECONDS:g} s")
 
     timed = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGVTALRM, stop) if timed else None
     try:
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS / 20, SECONDS / 20)
         with _memory_capped():
             yield start
     except (_Cap, MemoryError) as error:
@@ -192,7 +196,9 @@ def _compile(source: str) -> jinja2.Template:
         "namespace": _Namespace,
         "dict": _make_dict,
     }
-    return environment.from_string(source)
+    template = environment.from_string(source)
+    template.globals = dict(template.globals)  # a plain one: Jinja copies it for each rendering
+    return template
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

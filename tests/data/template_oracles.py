@@ -23,7 +23,8 @@ Pieces = Iterator[tuple[str, bool]]
 Messages = list[dict[str, Any]]
 
 SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>
-<bos> <eos> <start_of_turn> <end_of_turn> <s> </s> <|user|> <|assistant|> <|system|> <|end|> <unk> <｜User｜> <｜Assistant｜>
+<bos> <eos> <start_of_turn> <end_of_turn> <s> </s> <|user|> <|assistant|> <|system|> <|end|> <unk>
+<｜User｜> <｜Assistant｜>
 <｜begin▁of▁sentence｜> <｜end▁of▁sentence｜> <BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|>
 <|CHATBOT_TOKEN|> <|SYSTEM_TOKEN|> <|start|> <|message|> <|channel|> <|return|> <|call|> [TOOL_CALLS] [TOOL_RESULTS]
 [/TOOL_RESULTS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS]""".split()
@@ -130,7 +131,7 @@ def mistral_v3(messages: Messages, tools: Any) -> Pieces:
         if message["role"] == "user":
             offered = f"[AVAILABLE_TOOLS] {dumps(tools)}[/AVAILABLE_TOOLS]" if tools else ""
             yield (
-                f"{offered}[INST] {system and not place and system + chr(10) * 2 or ''}{content}[/INST]",
+                f"{offered}[INST] {system + chr(10) * 2 if system and not place else ''}{content}[/INST]",
                 False,
             )
         elif called(message):
@@ -236,7 +237,7 @@ def qwen3(messages: Messages, tools: Any) -> Pieces:
         content, thought = message["content"], message.get("reasoning_content")
         if message["role"] == "assistant":
             if thought is None:
-                before, mark, after = content.rpartition("</think>")
+                _, mark, after = content.rpartition("</think>")
                 if mark:
                     thought = (
                         content.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2].lstrip("\n")
