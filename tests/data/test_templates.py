@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers.utils.chat_template_utils as transformers_templates
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from template_oracles import SHAPES, Messages, Refused, tokenizer_of
+from template_oracles import SHAPES, Messages, Refused, base_tokenizer, tokenizer_of
+from transformers import AutoTokenizer
 
 from lora_cli.data.faults import Faults
-from lora_cli.data.render import BREAK, Rendered, Renderer
+from lora_cli.data.render import BREAK, Rendered, Renderer, settle_special_tokens
 from lora_cli.data.sandbox import DATE
 from lora_cli.data.tokens import Encoder
+from lora_cli.errors import InputError
+from lora_cli.stages import export
 from lora_cli.types import Conversation, Message
 
 TOKENIZERS = {name: tokenizer_of(name) for name in SHAPES}
@@ -92,6 +98,10 @@ def joined(pieces: Any) -> list[tuple[str, bool]]:
     return [("".join(text for text, _ in group), trained) for trained, group in groups]
 
 
+SLOW_PATH = ("chatml", "llama31", "mistral_v3", "our qwen")
+"""Shapes whose tokens are compared also where somebody typed control tokens, which takes a millisecond each."""
+
+
 def check(name: str, messages: Messages, tools: Any = None) -> None:
     """Compare text, trained spans and tokens of one template with its oracle's."""
     tokenizer, faults = TOKENIZERS[name], Faults("rows.jsonl")
@@ -100,12 +110,18 @@ def check(name: str, messages: Messages, tools: Any = None) -> None:
     try:
         expected = joined(SHAPES[name].write(messages, tools))
     except Refused as refusal:
+        reason = str(refusal)
+    else:
+        reason = ""
+    if reason:
         assert rendered is None, name
         assert faults.lines[0].startswith("rows.jsonl:7: "), name
-        assert str(refusal) in faults.lines[0], name
+        assert reason in faults.lines[0], name
         return
     assert rendered is not None, (name, faults.lines)
     assert pieces_of(rendered) == expected, name
+    if rendered.broken and name not in SLOW_PATH:
+        return
     (example,) = ENCODERS[name].encode([rendered])
     ids, position = example.input_ids.tolist(), 0
     assert decode(ids, skip_special_tokens=False) == "".join(text for text, _ in expected), name
@@ -116,13 +132,13 @@ def check(name: str, messages: Messages, tools: Any = None) -> None:
         position += length
         if trained:
             text = decode(ids[position - length : position], skip_special_tokens=False)
-            span = next(text for text, is_trained in expected if is_trained)
-            expected = expected[[is_trained for _, is_trained in expected].index(True) + 1 :]
-            across = span.removesuffix(
-                text
-            )  # in a token that begins before the answer, so it is fed, not trained
-            assert span.endswith(text) and len(across) < 12, name
-            assert not across or tokenizer.decode(ids[position - length - 1]).endswith(across), name
+            place = [is_trained for _, is_trained in expected].index(True)
+            span, expected = expected[place][0], expected[place + 1 :]
+            # A token that begins before the answer is fed, not trained.
+            across = span.removesuffix(text)
+            assert span.endswith(text), name
+            assert len(across) < 12, name
+            assert not across or decode([ids[position - length - 1]]).endswith(across), name
     assert not any(is_trained for _, is_trained in expected), name
 
 
@@ -141,3 +157,202 @@ def test_calls_of_functions_are_labelled_with_their_own_terminator(messages):
     for name, shape in SHAPES.items():
         if shape.tools:
             check(name, messages, TOOLS)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the tokenizer of each shape as it is read from an exported folder."""
+    found = {}
+    for name, tokenizer in TOKENIZERS.items():
+        base, folder = (tmp_path_factory.mktemp("template") / part for part in ("base", "adapter"))
+        base_tokenizer(SHAPES[name]).save_pretrained(base)
+        folder.mkdir()
+        stops = settle_special_tokens(tokenizer, "model")[1]
+        export._add_companions(folder, base, tokenizer.chat_template, stops, "card")
+        found[name] = AutoTokenizer.from_pretrained(folder)
+    return found
+
+
+class FrozenDate:
+    """In place of transformers' datetime: today is the day that training is told."""
+
+    now = staticmethod(lambda: DATE)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=conversations(*PLAIN, tools=True))
+def test_complaint_21_training_and_inference_see_the_same_prompt(exported, monkeypatch, messages):
+    """The ids before each answer are those of the exported folder's apply_chat_template with generation prompt."""
+    monkeypatch.setattr(transformers_templates, "datetime", FrozenDate)
+    for name, shape in SHAPES.items():
+        tools = TOOLS if shape.tools else None
+        plain = [message for message in messages if shape.tools or message["role"] != "tool"]
+        plain = [message for message in plain if shape.tools or "tool_calls" not in message]
+        faults = Faults("rows.jsonl")
+        (rendered,) = RENDERERS[name].render([as_row(plain, tools or ())], faults)
+        if rendered is None or rendered.broken:
+            continue
+        (example,) = ENCODERS[name].encode([rendered])
+        ids, starts = example.input_ids.tolist(), [start for start, _ in rendered.spans]
+        answers = [place for place, message in enumerate(plain) if message["role"] == "assistant"]
+        offsets = TOKENIZERS[name](rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        borders = {start: place for place, (start, _) in enumerate(offsets["offset_mapping"])}
+        for answer, start in zip(answers, starts, strict=True):
+            prompt = exported[name].apply_chat_template(
+                plain[:answer], tools=tools, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+            if start in borders:  # else a token reaches from the prompt into the answer
+                assert ids[: borders[start]] == prompt, name
+
+
+def _runs(mask: Any) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+TALK: Messages = [
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "The capital of France is Paris."},
+    {"role": "user", "content": "And of Japan?"},
+    {"role": "assistant", "content": "Tokyo."},
+]
+ACCEPTED = [name for name in SHAPES if name != "deepseek_r1_thinking"]
+
+
+def example_of(name: str, row: Conversation, train_on: str = "assistant") -> Any:
+    """Render and encode one row by the shape called `name`."""
+    faults = Faults("rows.jsonl")
+    (rendered,) = Renderer(TOKENIZERS[name], "model", train_on).render([row], faults)
+    faults.raise_if_any()
+    return ENCODERS[name].encode([rendered])[0]
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_complaint_1_exactly_one_begin_token(name):
+    """Where template and tokenizer both write a begin token it stands once, first and untrained."""
+    ids = example_of(name, as_row(TALK[:2])).input_ids.tolist()
+    bos = TOKENIZERS[name].bos_token_id
+    assert ids.count(bos) == SHAPES[name].adds_bos or (name == "harmony" and bos not in ids)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_complaint_3_each_answers_terminator_is_trained_and_stops_generation(name, exported, tmp_path):
+    """The last label of every answer, also of one that calls a function, is among the exported eos_token_id."""
+    tokenizer = TOKENIZERS[name]
+    stops = settle_special_tokens(tokenizer, "model")[1]
+    base = tmp_path / "base"
+    tokenizer.save_pretrained(base)
+    (tmp_path / "adapter").mkdir()
+    export._add_companions(tmp_path / "adapter", base, None, stops, "card")
+    written = json.loads((tmp_path / "adapter" / "generation_config.json").read_text())["eos_token_id"]
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    calling = [
+        TALK[0],
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "rain"},
+        TALK[1],
+    ]
+    rows = [as_row(TALK)] + ([as_row(calling, TOOLS)] if SHAPES[name].tools else [])
+    for row in rows:
+        example = example_of(name, row)
+        runs = _runs(example.trained)
+        assert len(runs) == 2
+        for _, end in runs:
+            assert int(example.input_ids[end - 1]) in ([written] if isinstance(written, int) else written)
+
+
+def test_complaint_5_stock_templates_without_generation_marks_have_a_mask():
+    """Without `{% generation %}`, where transformers' own mask is all zeros, exactly the answers are trained."""
+    for name in ACCEPTED:
+        if name == "generation":
+            continue
+        example = example_of(name, as_row(TALK))
+        said = [
+            TOKENIZERS[name].decode(example.input_ids[start:end]) for start, end in _runs(example.trained)
+        ]
+        assert [TALK[place]["content"] in text for place, text in zip((1, 3), said, strict=True)] == [
+            True,
+            True,
+        ]
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_complaint_6_the_ids_are_those_of_the_whole_text(name):
+    """What is fed is the tokenization of the whole rendering: no token is cut where the prompt ends."""
+    example = example_of(name, as_row(TALK))
+    (rendered,) = RENDERERS[name].render([as_row(TALK)], Faults("rows"))
+    assert (
+        example.input_ids.tolist() == TOKENIZERS[name](rendered.text, add_special_tokens=False)["input_ids"]
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name].named])
+def test_complaint_22_the_exported_folder_alone_has_the_template(name, exported):
+    """A named template is the only one of the exported tokenizer, whose own files say nothing else."""
+    assert exported[name].chat_template == TOKENIZERS[name].chat_template
+
+
+def test_complaint_22_without_a_change_the_tokenizers_files_are_the_bases(tmp_path):
+    """Every file of the tokenizer, the further templates too, is copied byte for byte."""
+    tokenizer = base_tokenizer(SHAPES["chatml"])
+    tokenizer.chat_template = {"default": TOKENIZERS["chatml"].chat_template, "tool_use": "{{ tools }}"}
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    tokenizer.save_pretrained(base)
+    folder.mkdir()
+    export._add_companions(folder, base, None, (1,), "card")
+    names = [path.relative_to(base) for path in base.rglob("*") if path.is_file()]
+    assert len(names) == 4
+    assert all((folder / one).read_bytes() == (base / one).read_bytes() for one in names)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize(
+    ("train_on", "said"),
+    [("assistant", [1, 3]), ("last_assistant", [3]), ("completion", [3]), ("all", [0, 1, 2, 3])],
+)
+def test_train_on_chooses_the_turns(name, train_on, said):
+    """assistant trains every answer, last_assistant the last, completion those after the prompt, all every token."""
+    row = replace(as_row(TALK), prompt_turns=3)
+    example = example_of(name, row, train_on)
+    text = TOKENIZERS[name].decode(example.input_ids[example.trained])
+    assert [place for place, message in enumerate(TALK) if message["content"] in text] == said
+    assert train_on != "all" or example.trained.sum() == len(example.input_ids) - 1
+    assert example.input_ids.tolist() == example_of(name, row).input_ids.tolist()
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("untrained", [1, 3])
+def test_a_turn_that_the_row_takes_out_is_not_trained(name, untrained):
+    """`train: false` takes an answer and its terminator out of the labels, and no other."""
+    row = as_row(TALK)
+    turns = [replace(turn, trained=place != untrained) for place, turn in enumerate(row.messages)]
+    example = example_of(name, replace(row, messages=tuple(turns)))
+    ((start, end),) = _runs(example.trained)
+    kept = _runs(example_of(name, row).trained)[untrained == 1]
+    assert (start, end) == kept
+
+
+def test_completion_needs_rows_that_say_what_it_is():
+    """A conversation without a prompt of its own is refused, naming what could be done."""
+    with pytest.raises(InputError, match=r"rows\.jsonl:7: objective\.train_on completion needs rows"):
+        example_of("chatml", as_row(TALK), "completion")
+
+
+def test_functions_that_a_template_passes_over_are_refused():
+    """A row that offers functions is refused by a template that does not tell the model of them."""
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl:7: offers functions, which the chat template does not"
+    ):
+        example_of("our chatml", as_row(TALK, TOOLS))
+
+
+def test_a_quotation_of_the_answer_does_not_move_its_end():
+    """Where the template takes the thought out, the answer ends at its own terminator, though a user repeats it."""
+    answer = "<think>It is on the Seine.</think>Paris"
+    quoting = [TALK[0], {**TALK[1], "content": answer}, {**TALK[2], "content": f"Why {answer}?"}, TALK[3]]
+    for name in ("qwen3", "deepseek_r1"):
+        example = example_of(name, as_row(quoting))
+        said = [
+            TOKENIZERS[name].decode(example.input_ids[start:end]) for start, end in _runs(example.trained)
+        ]
+        assert said[0] == "Paris" + TOKENIZERS[name].eos_token
