@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data.templates import with_template
@@ -30,6 +30,12 @@ SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|begin_of_text|> <|start_hea
 [/TOOL_RESULTS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS]""".split()
 ORDINARY = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 """Added tokens that are not special, as Qwen's and DeepSeek's."""
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Llama-3's and Qwen's tokenizers part text: line breaks stay together, whatever follows them."""
 
 
 class Refused(Exception):
@@ -387,7 +393,9 @@ SHAPES = {
 @lru_cache(maxsize=1)
 def _backend() -> str:
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
