@@ -6,7 +6,8 @@
 `encode_batch` gets the finished texts in the chunks that the stage uses, and nothing else is timed with it. The stage
 reads the file, checks it against its format, renders each row and each prompt in it, encodes, finds the trained tokens,
 and writes the cache, which is empty at the start of each round. The two take turns, so that a slow minute does not fall
-on one of them; a figure is the median, with the smallest and largest behind. The ratio in processor time does not depend on what else the machine does.
+on one of them; a figure is the median, with the smallest and largest behind. The ratio in processor time does not
+depend on what else the machine does.
 """
 
 from __future__ import annotations

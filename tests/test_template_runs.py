@@ -94,11 +94,6 @@ TEMPLATES = {
     "class": ("{{ ''.__class__ }}", "reads '__class__' of a str"),
     "subclasses": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "reads '__class__' of a str"),
     "attr": ("{{ ''|attr('__class__') }}", "reads '__class__' of a str"),
-    "loop": (
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "does not end within",
-    ),
-    "1 GB": ("{{ 'x' * 10**9 }}", "for one conversation"),
     "syntax": ("a\n{% for m in messages %}", "my.jinja:2: the chat template fails: Unexpected end"),
     "unknown filter": ("{{ messages|nope }}", "my.jinja:1: the chat template fails: No filter named 'nope'"),
     "no turns": ("hello", "does not write the turns in order"),
@@ -134,15 +129,26 @@ def test_a_bad_template_is_refused_before_the_model_is_loaded(
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("name", ["loop", "1 GB"])
-def test_a_bomb_takes_less_than_five_seconds(folder: Path, name: str) -> None:
-    """The whole command ends within 5 seconds of processor time, without torch."""
-    (folder / "my.jinja").write_text(TEMPLATES[name][0])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10**9 }}",
+    ],
+    ids=["loop", "1 GB"],
+)
+def test_a_bomb_takes_less_than_five_seconds(folder: Path, source: str) -> None:
+    """The whole command ends within 5 seconds of processor time with one line, and writes nothing."""
+    (folder / "my.jinja").write_text(source)
+    files = snapshot(folder)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = run_process(folder, "train", "r.yaml")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.code == 2, result.errors
-    assert len(result.errors.splitlines()) == 1
+    (line,) = result.errors.splitlines()
+    assert line.startswith("error: r.yaml:4:3: data.template: my.jinja: ")
+    assert "for one conversation (is there an endless loop in it?)" in line
+    assert snapshot(folder) == files
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 

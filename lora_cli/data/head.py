@@ -111,8 +111,8 @@ def has_conversations(data: Data) -> bool:
             source = origin.sources[0]
             if source.path is not None:
                 rows = list(islice(source.rows(Faults(source.name)), HEAD_ROWS))
-                if choose_format(origin.format, origin.fields, rows, origin.key)[0] != "text":
+                if rows and choose_format(origin.format, origin.fields, rows, origin.key)[0] != "text":
                     return True
-    except InputError:
-        pass  # `check_head` tells it
+    except (InputError, OSError):
+        pass  # what is wrong with them is told by `check_head`
     return False

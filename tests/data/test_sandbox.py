@@ -64,7 +64,6 @@ BOMBS = {
         "does not end within 2 s",
     ),
     "small pieces": ("{% for a in range(99999) %}{{ 'x' * 10000 }}{% endfor %}", "writes more than 50 MB"),
-    "1 GB": ("{{ 'x' * 10**9 }}", "for one conversation"),
     "100 GB": ("{{ 'x' * 10**11 }}", "needs more than 1024 MB of memory"),
     "doubling": (
         "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
