@@ -212,13 +212,13 @@ def _check_template(recipe: Recipe, target: Path | None = None) -> str | None:
 
     if wanted in CHOICES and (target is not None or not has_conversations(recipe.data)):
         return None
-    base: Path | None = TINY if recipe.model.base == "tiny" else Path(recipe.model.base)
     try:
-        base = base.expanduser() if (base.expanduser() / "tokenizer.json").is_file() else None
+        base = TINY if recipe.model.base == "tiny" else Path(recipe.model.base).expanduser()
+        is_there = (base / "tokenizer.json").is_file()
     except (OSError, RuntimeError):
-        base = None  # what is wrong with it is told by `_check_model`
+        is_there = False  # what is wrong with it is told by `_check_model`
     try:
-        return check_template(wanted, base)
+        return check_template(wanted, base if is_there else None)
     except InputError as error:
         raise InputError([_placed(recipe, line) for line in error.lines]) from None
 
