@@ -377,3 +377,29 @@ def test_a_quotation_of_the_answer_does_not_move_its_end():
             TOKENIZERS[name].decode(example.input_ids[start:end]) for start, end in _runs(example.trained)
         ]
         assert said[0] == "Paris" + TOKENIZERS[name].eos_token
+
+
+def test_a_tokenizer_with_several_templates_uses_the_one_for_functions_where_there_are_some():
+    """Rows with functions are rendered by `tool_use`, others by `default`, as apply_chat_template does it."""
+    tokenizer = base_tokenizer(SHAPES["our qwen"])
+    tokenizer.chat_template = {
+        "default": TOKENIZERS["chatml"].chat_template,
+        "tool_use": TOKENIZERS["our qwen"].chat_template,
+    }
+    renderer = Renderer(tokenizer, "model", "assistant")
+    for tools in (None, TOOLS):
+        (rendered,) = renderer.render([as_row(TALK, tools or ())], Faults("rows"))
+        assert rendered is not None
+        assert rendered.text == tokenizer.apply_chat_template(TALK, tools=tools, tokenize=False)
+    tokenizer.chat_template = {"one": "x", "two": "y"}
+    with pytest.raises(InputError, match=r"there are several \(one, two\) and none is the default"):
+        Renderer(tokenizer, "model", "assistant")
+
+
+def test_a_template_may_be_inconsistent_where_nothing_is_trained():
+    """A template that changes earlier turns is refused for their sake only if they are trained."""
+    row = as_row(TALK, TOOLS)
+    with pytest.raises(InputError, match="turn 2: the chat template renders what stands before this answer"):
+        example_of("mistral_v3", row)
+    example = example_of("mistral_v3", row, "last_assistant")
+    assert TOKENIZERS["mistral_v3"].decode(example.input_ids[example.trained]) == " Tokyo.</s>"
