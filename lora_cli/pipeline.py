@@ -24,6 +24,7 @@ from lora_cli import adapters, objectives
 from lora_cli.adapters import Method, Start, _peft
 from lora_cli.data.chosen_tokens import add_tokens, require_used, token_ids
 from lora_cli.data.render import settle_special_tokens
+from lora_cli.data.templates import with_template
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import (
@@ -129,7 +130,7 @@ def train(
                 merge_with = "lora-train --resume with export.formats=[merged]"
             differences = _export(
                 targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample, merge_with,
-                tokenizer if recipe.chosen_tokens()[1] else None,
+                tokenizer if recipe.chosen_tokens()[1] else None, _chat_template(tokenizer, prepared.tokenizer),
             )  # fmt: skip
 
         summary = report.complete(summary, differences, seconds, rt.device)
@@ -147,7 +148,7 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
     with _started(recipe) as (rt, log):
         adapter, base = _locate(target, recipe)
         tokenizer, _ = _tokenizer_of(adapter, base)
-        prepared = _held_out(recipe, tokenizer, rt, log)
+        prepared = _held_out(recipe, tokenizer, adapter, rt, log)
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         generated = evaluate_stage.plan(recipe.evaluate, prepared)
         attention = fastest_attention(rt.device, recipe.data.max_length)
@@ -206,8 +207,8 @@ def merge(
             raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
-        tokenizer, has_new = _tokenizer_of(adapter, base)
-        sample = _held_out_sample(recipe, tokenizer, rt, log) if form == "merged" else []
+        own, has_new = _tokenizer_of(adapter, base)
+        sample = _held_out_sample(recipe, own, adapter, rt, log) if form == "merged" else []
         model = load_model(
             base,
             dtype=DTYPES[dtype or recipe.model.dtype],
@@ -215,6 +216,7 @@ def merge(
             quantization=_quantization(recipe),
         )
         method = _load_adapter(adapter, base, model)
+        tokenizer = with_template(own, recipe.data.template, adapter)
         _, stop_ids = settle_special_tokens(tokenizer, recipe.data.template)
         card = adapter / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, {form}\n"
@@ -224,7 +226,7 @@ def merge(
             merge_with += f" model.base={recipe.model.base}"
         differences = _export(
             {form: output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample, merge_with,
-            tokenizer if has_new else None,
+            own if has_new else None, _chat_template(own, tokenizer),
         )  # fmt: skip
         return {"output": str(output), "max_logit_difference": differences.pop(form), **differences}
 
@@ -318,20 +320,27 @@ def _sample(examples: Examples | None) -> list[Example]:
     return [examples[row] for row in range(min(16, len(examples)))] if examples is not None else []
 
 
-def _held_out_sample(recipe: Recipe, tokenizer: Any, rt: Runtime, log: Log) -> list[Example]:
+def _chat_template(own: Any, used: Any) -> str | None:
+    """Return the chat template that takes the place of the base's in what is exported; None: the base's own."""
+    return None if used.chat_template == own.chat_template else str(used.chat_template)
+
+
+def _held_out_sample(recipe: Recipe, tokenizer: Any, adapter: Path, rt: Runtime, log: Log) -> list[Example]:
     """Return held-out rows for a merge that is measured; none where they are not wanted or no longer there."""
     if recipe.quantization() == "none" or not recipe.data.holds_out():
         return []
     try:
-        return _sample(_held_out(recipe, tokenizer, rt, log).eval)
+        return _sample(_held_out(recipe, tokenizer, adapter, rt, log).eval)
     except InputError as error:
         log.line(f"merge: the held-out rows cannot be read: {error.lines[0]}")
         return []
 
 
-def _held_out(recipe: Recipe, tokenizer: Any, rt: Runtime, log: Log) -> Prepared:
+def _held_out(recipe: Recipe, tokenizer: Any, adapter: Path | None, rt: Runtime, log: Log) -> Prepared:
     on, spelled = recipe.objective.train_on, _named_tokens(recipe)
-    return prepare.run(recipe.data, on, tokenizer, rt, log.line, need_train=False, spelled=spelled)
+    return prepare.run(
+        recipe.data, on, tokenizer, rt, log.line, need_train=False, spelled=spelled, adapter=adapter
+    )
 
 
 def _total_steps(recipe: Recipe, prepared: Prepared) -> int:
@@ -364,6 +373,7 @@ def _export(
     sample: Sequence[Example],
     merge_with: str,
     tokenizer: Any | None,
+    chat_template: str | None,
 ) -> dict[str, Any]:
     """Export in the one process that writes; return the logit difference of each format after it was read back."""
     if not rt.is_main:
@@ -373,8 +383,8 @@ def _export(
     return export.run(
         targets, model, method,
         base=base, base_name=str(base.resolve()) if local else recipe.model.base, revision=recipe.model.revision,
-        stop_ids=stop_ids, card=card, facts={"model.base": base_fingerprint(base)},
-        settings=recipe.export, tokenizer=tokenizer, sample=sample, merge_with=merge_with, log=log.line,
+        stop_ids=stop_ids, card=card, facts={"model.base": base_fingerprint(base)}, settings=recipe.export,
+        tokenizer=tokenizer, chat_template=chat_template, sample=sample, merge_with=merge_with, log=log.line,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 from lora_cli.errors import InputError
 from lora_cli.models.safety import TINY, check_model_folder, check_tokenizer_folder
 from lora_cli.models.weight_files import read_header, read_json
+from lora_cli.recipe.data_block import CHOICES, is_template_file
 from lora_cli.recipe.keys import keys_at
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import nearest_key
@@ -41,6 +42,7 @@ def check(
         lambda: _check_model(recipe),
         lambda: _check_allowed(allow),
         lambda: _check_start(recipe, resume=resume),
+        lambda: _check_template(recipe),
         lambda: _check_output(recipe, resume=resume, overwrite=overwrite),
     )
 
@@ -66,6 +68,7 @@ def check_evaluation(target: Path, recipe: Recipe) -> list[str]:
     """
     return _run_all(
         lambda: _check_target(target, recipe),
+        lambda: _check_template(recipe, target),
         lambda: _check_data(
             recipe, "train" if recipe.data.eval is None and recipe.data.holds_out() else "eval"
         ),
@@ -80,6 +83,7 @@ def check_merge(target: Path, output: Path, recipe: Recipe) -> list[str]:
     """
     return _run_all(
         lambda: _check_target(target, recipe),
+        lambda: _check_template(recipe, target),
         lambda: _check_new_folder(target, output, recipe),
     )
 
@@ -204,7 +208,7 @@ def _data_names(recipe: Recipe, split: Literal["train", "eval"]) -> Iterator[tup
 def _placed(recipe: Recipe, line: str) -> str:
     """Return a message about a key with the place where the key was written."""
     key = line.partition(":")[0]
-    return recipe.at(key) + line.removeprefix(key) if key.startswith("data.") else line
+    return recipe.at(key) + line.removeprefix(key) if key.startswith(("data.", "model.")) else line
 
 
 def _check_model(recipe: Recipe, *, needs_weights: bool = True) -> str:
@@ -257,6 +261,31 @@ def _check_start(recipe: Recipe, *, resume: bool | None) -> str | None:
         )
     kind = read_json(folder / "adapter_config.json").get("peft_type")
     return f"adapter.init_from: {name}: an adapter ({kind})"
+
+
+def _check_template(recipe: Recipe, target: Path | None = None) -> str | None:
+    """Check data.template; `target` is the run, adapter or model that is read, None where one is trained."""
+    wanted, place = recipe.data.template, recipe.at("data.template")
+    if is_template_file(wanted):
+        _check_name(place, wanted)
+        if not os.path.lexists(_expanded(place, wanted)):
+            if target is not None and RunFolder(target).is_run():
+                return None  # the adapter carries it
+            raise InputError(f"{place}: {wanted}: no such file{_near_matches(Path(wanted))}")
+    from lora_cli.data.head import has_conversations
+    from lora_cli.data.templates import check_template
+
+    if wanted in CHOICES and (target is not None or not has_conversations(recipe.data)):
+        return None
+    try:
+        base = TINY if recipe.model.base == "tiny" else Path(recipe.model.base).expanduser()
+        is_there = (base / "tokenizer.json").is_file()
+    except (OSError, RuntimeError):
+        is_there = False  # what is wrong with it is told by `_check_model`
+    try:
+        return check_template(wanted, base if is_there else None)
+    except InputError as error:
+        raise InputError([_placed(recipe, line) for line in error.lines]) from None
 
 
 def _check_output(recipe: Recipe, *, resume: bool | None, overwrite: bool) -> str | None:

@@ -142,14 +142,15 @@ class Prepared:
     train: Examples | None
     eval: Examples | None
     tokenizer: Any
-    """The transformers fast tokenizer, unchanged; how it pads and ends an answer is in the next two."""
+    """The transformers fast tokenizer, a copy with another chat template if the recipe names one; how it pads and ends
+    an answer is in the next two."""
     pad_id: int
     stop_ids: tuple[int, ...]
     """Terminators: the tokens that end an answer, in training and in generation."""
     formats: dict[str, str]
     """How each split's rows were read, by split."""
     template: str
-    """`model` or `plain`: which rendering was used."""
+    """Which rendering was used: `plain`, `model`, or the chat template that the recipe names."""
     counts: dict[str, SplitCounts]
     sources: tuple[SourceReport, ...] = ()
 

@@ -101,3 +101,18 @@ def _check(origin: Origin, *, skips: bool) -> str:
         faults.raise_if_any()
     what = "first row ok" if checked == 1 else f"first {checked} rows ok"
     return f"{origin.key}: {origin.title}: {names[0]}, {what}"
+
+
+def has_conversations(data: Data) -> bool:
+    """Say whether the first rows of a local origin are rendered by a chat template; not, where they cannot be read."""
+    splits: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+    try:
+        for origin in (one for split in splits for one in origins(data, split)):
+            source = origin.sources[0]
+            if source.path is not None:
+                rows = list(islice(source.rows(Faults(source.name)), HEAD_ROWS))
+                if rows and choose_format(origin.format, origin.fields, rows, origin.key)[0] != "text":
+                    return True
+    except (InputError, OSError):
+        pass  # what is wrong with them is told by `check_head`
+    return False

@@ -1,13 +1,12 @@
 """A conversation -> its text, and which characters of it are trained.
 
-Template `model` is the tokenizer's chat template, rendered by transformers. For each assistant turn the
+A chat template, the tokenizer's or the recipe's, runs in `sandbox.py`. For each assistant turn that is trained the
 conversation before it is rendered with the generation prompt, exactly what inference feeds the model; the
 whole rendering must begin with it, and the trained span runs from its end through the turn's terminator
-(ChatML: `<|im_end|>` is trained, the line break after it is not). So no `{% generation %}` marks are needed,
-and training and inference cannot differ.
+(ChatML: `<|im_end|>` is trained, the line break after it is not; `answers.py` finds it). So no `{% generation %}`
+marks are needed, and training and inference cannot differ.
 
-Which turns are trained is `train_on`'s choice, and the row's own (`train: false`). A turn that calls functions ends
-where the rendering of the conversation up to it ends, since the call's text is the template's own.
+Which turns are trained is `train_on`'s choice, and the row's own (`train: false`).
 
 Template `plain` is for models without one: turns stand one after the other, separated by a line break; an
 answer is followed by the end token. Between a prompt and its answer the line break is left out where the row
@@ -27,18 +26,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_cli.data.answers import Span, answer_span
 from lora_cli.data.faults import Faults
+from lora_cli.data.sandbox import Chat, Tools, describe
 from lora_cli.data.special import (
-    TEMPLATE_ERRORS,
-    Chat,
     Terminators,
-    Tools,
     any_of,
-    apply_template,
     choose_template,
     find_terminators,
     settle_special_tokens,
     special_tokens,
+    template_of,
 )
 from lora_cli.errors import InputError
 from lora_cli.types import Conversation, Text
@@ -48,8 +46,6 @@ __all__ = ["BREAK", "Rendered", "Renderer", "Span", "choose_template", "settle_s
 BREAK = "\ufdd2"
 """Unicode noncharacter: no text holds it, and no template or tokenizer treats it specially."""
 _RESERVED = any_of("\ufdd0\ufdd1\ufdd2")
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +81,10 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any, template: str, train_on: str, spelled: Sequence[str] = ()) -> None:
-        assert template in ("model", "plain"), template
-        self._tokenizer = tokenizer
         self._train_on = train_on
         self._end = tokenizer.eos_token
-        self._terminators = find_terminators(tokenizer) if template == "model" else None
+        self._template = None if template == "plain" else template_of(tokenizer, template)
+        self._terminators = find_terminators(tokenizer, self._template) if self._template else None
         kept = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
         self.controls = {
             text: i for text, i in special_tokens(tokenizer).items() if text in kept or text not in spelled
@@ -146,10 +141,18 @@ class Renderer:
             {"role": turn.role, "content": protect(turn.content), **protect(turn.extra)}
             for turn in row.messages
         ]
+        for turn in turns:  # transformers gives templates both names
+            if "reasoning_content" in turn:
+                turn["thinking"] = turn["reasoning_content"]
         tools = protect(row.tools)
         said = [[turn.content, dict(turn.extra)] for turn in row.messages]
         if broken and _RESERVED.search(json.dumps(said, ensure_ascii=False)):
             raise InputError("holds control tokens and Unicode noncharacters (remove U+FDD0 to U+FDD2)")
+        if tools and self._terminators is not None and not self._terminators.tools:
+            raise InputError(
+                "offers functions, which the chat template does not tell the model of (use one that does, or remove"
+                " the row's tools)"
+            )
         return _Chat(turns, tools, broken, self._trained_turns(row), row.where)
 
     def _trained_turns(self, row: Conversation) -> frozenset[int]:
@@ -191,119 +194,57 @@ class Renderer:
         return Rendered(text, tuple(spans), True, chat.broken, chat.where)
 
     def _apply(
-        self, chats: Sequence[_Chat], ends: Sequence[int | None], faults: Faults, *, generation_prompt: bool
+        self, chats: Sequence[tuple[_Chat, int | None]], faults: Faults, *, generation_prompt: bool
     ) -> list[str | None]:
-        """Render each chat up to turn `end`, all at once; one by one where the template refuses some, to name them."""
-        turns = [chat.turns[:end] for chat, end in zip(chats, ends, strict=True)]
-        tools = [chat.tools for chat in chats]
-        try:
-            return list(apply_template(self._tokenizer, turns, tools, generation_prompt=generation_prompt))
-        except TEMPLATE_ERRORS:
-            pass
+        """Render each chat up to its turn `end`; a chat that the template refuses joins the faults."""
+        assert self._template is not None
+        found = self._template.render(
+            [(chat.turns[:end], chat.tools) for chat, end in chats], generation_prompt=generation_prompt
+        )
         results: list[str | None] = []
-        for one, own, chat in zip(turns, tools, chats, strict=True):
-            try:
-                results += apply_template(self._tokenizer, [one], [own], generation_prompt=generation_prompt)
-            except TEMPLATE_ERRORS as error:
-                faults.add(f"{chat.where}: the chat template refuses this conversation: {error}")
-                results.append(None)
+        for (chat, _), text in zip(chats, found, strict=True):
+            if isinstance(text, Exception):
+                faults.add(f"{chat.where}: the chat template refuses this conversation: {describe(text)}")
+            results.append(None if isinstance(text, Exception) else text)
         return results
 
     def _render_model(
         self, chats: Sequence[_Chat], terminators: Terminators, faults: Faults
     ) -> list[Rendered | None]:
-        texts = self._apply(chats, [None] * len(chats), faults, generation_prompt=False)
+        assert self._template is not None
+        texts = self._apply([(chat, None) for chat in chats], faults, generation_prompt=False)
         if self._train_on == "all":
             return [
                 None if text is None else Rendered(text, ((0, len(text)),), False, chat.broken, chat.where)
                 for chat, text in zip(chats, texts, strict=True)
             ]
-        answers = [
+        wanted = [
             (row, turn)
             for row, chat in enumerate(chats)
             if texts[row] is not None
-            for turn, message in enumerate(chat.turns)
-            if message["role"] == "assistant"
+            for turn in sorted(chat.trained)
         ]
-        # k turns are rendered k + 1 times; a rendering costs about a twentieth of encoding the same text.
-        ends = [turn for _, turn in answers]
-        heads = self._apply([chats[row] for row, _ in answers], ends, faults, generation_prompt=True)
-        calls = [(row, turn) for row, turn in answers if "tool_calls" in chats[row].turns[turn]]
-        upto = self._apply(
-            [chats[row] for row, _ in calls],
-            [turn + 1 for _, turn in calls],
-            Faults(""),
-            generation_prompt=False,
-        )
-        wholes = dict(zip(calls, upto, strict=True))
-        spans: list[list[tuple[int, Span]] | None] = [[] for _ in chats]
-        for (row, turn), head in zip(answers, heads, strict=True):
-            found, text = spans[row], texts[row]
-            if found is None or text is None:
-                continue
-            if head is None:
+        # k trained turns are rendered k + 1 times; a rendering costs about a twentieth of encoding the same text.
+        heads = self._apply([(chats[row], turn) for row, turn in wanted], faults, generation_prompt=True)
+        spans: list[list[Span] | None] = [None if text is None else [] for text in texts]
+        for (row, turn), head in zip(wanted, heads, strict=True):
+            found, text, chat = spans[row], texts[row], chats[row]
+            if found is None or text is None or head is None:
                 spans[row] = None
                 continue
             try:
-                before = found[-1][1][1] if found else 0
-                span = _turn_span(
-                    text, head, chats[row].turns, turn, terminators, before, wholes.get((row, turn))
-                )
-                found.append((turn, span))
+                span = answer_span(self._template, terminators, chat.turns, chat.tools, turn, text, head)
+                if found and span[0] < found[-1][1]:
+                    raise InputError(
+                        f"turn {turn + 1}: the chat template writes this answer before an earlier one"
+                    )
+                found.append(span)
             except InputError as fault:
-                faults.add(f"{chats[row].where}: {fault}")
+                faults.add(f"{chat.where}: {fault}")
                 spans[row] = None
         return [
             None
             if text is None or found is None
-            else Rendered(
-                text,
-                tuple(span for turn, span in found if turn in chat.trained),
-                False,
-                chat.broken,
-                chat.where,
-            )
+            else Rendered(text, tuple(found), False, chat.broken, chat.where)
             for chat, text, found in zip(chats, texts, spans, strict=True)
         ]
-
-
-def _turn_span(
-    text: str,
-    head: str,
-    chat: Chat,
-    turn: int,
-    terminators: Terminators,
-    previous_end: int,
-    whole: str | None,
-) -> Span:
-    """Return where in `text` the assistant turn `turn` is trained; `head` is what inference feeds before it.
-
-    `whole` is the rendering up to and with the turn, where the turn calls functions.
-
-    Raises:
-        InputError: if the template is not consistent with itself for this conversation.
-    """
-    if not text.startswith(head):
-        raise InputError(
-            f"turn {turn + 1}: the chat template renders what stands before this answer otherwise than "
-            "the prompt for it, so training would not match inference (use data.template plain, or another "
-            "template)"
-        )
-    start = len(head)
-    is_last = turn == len(chat) - 1
-    if "tool_calls" in chat[turn]:
-        known = [one for one in (terminators.call, terminators.last, terminators.middle) if one is not None]
-        end = len(whole.rstrip()) if whole is not None and text.startswith(whole.rstrip()) else -1
-        if end < start or not text[:end].endswith(tuple(known)):
-            raise InputError(
-                f"turn {turn + 1}: the chat template does not write this function call with a terminator after it"
-            )
-        return start, end
-    terminator = terminators.last if is_last else terminators.middle
-    answer = chat[turn]["content"].strip()
-    place = text.find(answer, start)
-    place = start if place < 0 else place + len(answer)  # a template may rewrite the answer
-    end = -1 if terminator is None else text.find(terminator, place)
-    if end < 0 or start < previous_end:
-        raise InputError(f"turn {turn + 1}: the chat template writes no terminator after this answer")
-    return start, end + len(terminator or "")

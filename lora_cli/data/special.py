@@ -9,20 +9,12 @@ learn to write and generation must stop at. It often differs from the end token 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
+from lora_cli.data.sandbox import Chat, ChatTemplate, Tools, describe
 from lora_cli.errors import InputError
-
-Chat = list[dict[str, Any]]
-"""Turns as chat templates take them: `role`, `content`, and what else a message has."""
-Tools = Sequence[Mapping[str, Any]]
-
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
-"""What a template can raise while it is rendered: Jinja's own errors, and Python's from its expressions."""
 
 _PAD = (r"pad", r"reserved", r"unk")
 _PROBE: Chat = [
@@ -31,6 +23,8 @@ _PROBE: Chat = [
     {"role": "user", "content": "Second probe of lora-cli."},
     {"role": "assistant", "content": "Second reply of lora-cli."},
 ]
+PROBE: list[tuple[Chat, Tools]] = [(_PROBE, [])]
+"""Two questions with their answers: what every template must be able to render."""
 _CALL = {"type": "function", "function": {"name": "probe", "arguments": {"of": "lora-cli"}}}
 _TOOL: dict[str, Any] = {
     "type": "function",
@@ -52,6 +46,10 @@ class Terminators:
     last: str
     middle: str | None
     call: str | None = None
+    direct: bool = True
+    """The first such token after the prompt is the answer's own: the template writes none before it (for a thought)."""
+    tools: bool = True
+    """The template tells the model which functions it may call."""
 
 
 def any_of(strings: Iterable[str]) -> re.Pattern[str]:
@@ -65,64 +63,80 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     return {token.content: int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def apply_template(
-    tokenizer: Any, chats: Sequence[Chat], tools: Sequence[Tools] | None = None, *, generation_prompt: bool
-) -> list[str]:
-    """Render conversations by the tokenizer's chat template, in transformers' own sandbox; `tools` for each of them.
+def template_of(tokenizer: Any, template: str) -> ChatTemplate:
+    """Return the tokenizer's chat template, which the recipe calls `template`.
 
     Raises:
-        TEMPLATE_ERRORS: if the template refuses one of them.
+        InputError: if it is no valid template, or the tokenizer has several and none is the default.
     """
-    settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation_prompt}
-    if tools is None or not any(tools):
-        return list(tokenizer.apply_chat_template(list(chats), **settings)) if chats else []
-    return [
-        str(tokenizer.apply_chat_template(chat, tools=[dict(one) for one in own] or None, **settings))
-        for chat, own in zip(chats, tools, strict=True)
-    ]
+    name = "model.base: chat_template" if template in ("auto", "model") else f"data.template: {template}"
+    found = tokenizer.chat_template
+    if not isinstance(found, dict):
+        return ChatTemplate(found, name, tokenizer.special_tokens_map)
+    if "default" not in found:
+        raise InputError(f"{name}: there are several ({', '.join(sorted(found))}) and none is the default")
+    return ChatTemplate(
+        found["default"], name, tokenizer.special_tokens_map, with_tools=found.get("tool_use")
+    )
 
 
-def find_terminators(tokenizer: Any) -> Terminators:
+def probe(template: ChatTemplate) -> str:
+    """Return a known conversation, rendered.
+
+    Raises:
+        InputError: if the template fails, or does not write the turns in order.
+    """
+    (text,) = template.render(PROBE, generation_prompt=False)
+    if isinstance(text, Exception):
+        raise InputError(
+            f"{template.name}: the chat template fails: {describe(text)} (use another data.template)"
+        )
+    places = [text.find(message["content"]) for message in _PROBE]
+    if -1 in places or places != sorted(places):
+        raise InputError(
+            f"{template.name}: the chat template does not write the turns in order (use another data.template)"
+        )
+    return text
+
+
+def find_terminators(tokenizer: Any, template: ChatTemplate) -> Terminators:
     """Find what the chat template writes at the end of an answer.
 
     Raises:
         InputError: if the template fails, does not write the turns in order, or writes no control token after
             the answer.
     """
-    try:
-        (text,) = apply_template(tokenizer, [_PROBE], generation_prompt=False)
-    except TEMPLATE_ERRORS as error:
-        raise InputError(f"model.base: the chat template fails: {error} (use data.template plain)") from error
+    text = probe(template)
     places = [text.find(message["content"]) for message in _PROBE]
-    if -1 in places or places != sorted(places):
-        raise InputError(
-            "model.base: the chat template does not write the turns in order (use data.template plain)"
-        )
     ends = [place + len(message["content"]) for place, message in zip(places, _PROBE, strict=True)]
     last = _first_control(tokenizer, text[ends[3] :])
     if last is None:
         raise InputError(
-            "model.base: the chat template writes no control token after an assistant turn, so the model "
-            "could not learn to stop (use data.template plain, or another template)"
+            f"{template.name}: the chat template writes no control token after an assistant turn, so the model "
+            "could not learn to stop (use another data.template)"
         )
     middle = _first_control(tokenizer, text[ends[1] : places[2]])
-    if middle != last and middle is not None and middle in text[: places[0]]:
+    closes = _first_control(tokenizer, text[ends[0] : places[1]]) == middle  # a question too
+    if middle != last and middle is not None and middle in text[: places[0]] and not closes:
         middle = None  # it opens the next user turn, as it opened the first
-    return Terminators(last, middle, _call_terminator(tokenizer))
+    (head,) = template.render([(_PROBE[:3], [])], generation_prompt=True)
+    direct = not isinstance(head, str) or last not in text[len(head) : places[3]]
+    call, tools = _calls(tokenizer, template)
+    return Terminators(last, middle, call, direct, tools)
 
 
-def _call_terminator(tokenizer: Any) -> str | None:
-    """Return what the template writes after an answer that calls a function, None where it cannot write one."""
+def _calls(tokenizer: Any, template: ChatTemplate) -> tuple[str | None, bool]:
+    """Return what ends an answer that calls a function (None: it cannot write one), and if it writes functions."""
     chat: Chat = [_PROBE[0], {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
-    try:
-        (text,) = apply_template(tokenizer, [chat], [[_TOOL]], generation_prompt=False)
-    except TEMPLATE_ERRORS:
-        return None
+    text, offered = template.render([(chat, [_TOOL]), (_PROBE, [_TOOL])], generation_prompt=False)
+    tools = isinstance(offered, str) and _TOOL["function"]["description"] in offered
+    if isinstance(text, Exception):
+        return None, tools
     call = text.rfind("lora-cli")
     if call < text.find(_PROBE[0]["content"]) + len(_PROBE[0]["content"]):
-        return None  # it passes over the call
+        return None, tools  # it passes over the call
     controls = any_of(special_tokens(tokenizer)).findall(text, call)
-    return controls[-1] if controls and text.rstrip().endswith(controls[-1]) else None
+    return controls[-1] if controls and text.rstrip().endswith(controls[-1]) else None, tools
 
 
 def _first_control(tokenizer: Any, text: str) -> str | None:
@@ -134,8 +148,18 @@ def _first_control(tokenizer: Any, text: str) -> str | None:
     return None
 
 
+def added_bos(tokenizer: Any) -> int | None:
+    """Return the begin token if the tokenizer puts one before a text by itself, else None."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return None
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return int(bos) if full[:1] == [bos] and full != bare else None
+
+
 def choose_template(tokenizer: Any, wanted: str) -> str:
-    """Return `model` or `plain` for the recipe's data.template.
+    """Return `plain`, or which chat template is used: `model`, or the name or file of the recipe's data.template.
 
     Raises:
         InputError: if `model` is wanted and the tokenizer has no chat template.
@@ -164,8 +188,8 @@ def settle_special_tokens(tokenizer: Any, template: str) -> tuple[int, tuple[int
             "model.base: the tokenizer has no end token (eos_token): a model could not learn to stop"
         )
     stops = [int(eos)]
-    if choose_template(tokenizer, template) == "model":
-        found = find_terminators(tokenizer)
+    if choose_template(tokenizer, template) != "plain":
+        found = find_terminators(tokenizer, template_of(tokenizer, template))
         for text in (found.last, found.middle, found.call):
             if text is not None:
                 stops.append(int(tokenizer.convert_tokens_to_ids(text)))

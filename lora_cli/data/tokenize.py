@@ -13,8 +13,9 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,6 +49,8 @@ _KINDS: dict[type[Row], str] = {
     Text: "texts",
     Conversation: "conversations",
 }
+
+_Chunk = list[tuple[RawRow, Row]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,19 +202,32 @@ class Tokenization:
             self._tools[train_on] = made, Encoder(self.tokenizer, made.controls)
         renderer, encoder = self._tools[train_on]
         raw_rows = islice(task.source.rows(faults, task.part), task.max_rows)
-        for chunk in _chunks(raw_rows, task.reading, faults):
-            single = [(index, one) for index, (_, row) in enumerate(chunk) for one in _conversations(row)]
-            rendered = renderer.render([one for _, one in single], faults)
-            good = [
-                (index, text) for (index, _), text in zip(single, rendered, strict=True) if text is not None
-            ]
-            encoded: dict[int, list[Example]] = {}
-            for (index, _), example in zip(good, encoder.encode([text for _, text in good]), strict=True):
-                encoded.setdefault(index, []).append(example)
-            for index, (raw, row) in enumerate(chunk):
-                examples = encoded.get(index, [])
-                if len(examples) == len(_conversations(row)):
-                    yield raw, identity(row), examples
+        # The tokenizer does not need Python: while it encodes a chunk, the next one is read and rendered.
+        with ThreadPoolExecutor(1) as pool:
+            waiting: deque[tuple[_Chunk, list[int], Future[list[Example]]]] = deque()
+            for chunk in _chunks(raw_rows, task.reading, faults):
+                single = [(index, one) for index, (_, row) in enumerate(chunk) for one in _conversations(row)]
+                rendered = renderer.render([one for _, one in single], faults)
+                good = [(index, text) for (index, _), text in zip(single, rendered, strict=True) if text]
+                future = pool.submit(encoder.encode, [text for _, text in good])
+                waiting.append((chunk, [index for index, _ in good], future))
+                if len(waiting) > 1:
+                    yield from _whole_rows(*waiting.popleft())
+            for entry in waiting:
+                yield from _whole_rows(*entry)
+
+
+def _whole_rows(
+    chunk: _Chunk, rows: list[int], encoded: Future[list[Example]]
+) -> Iterator[tuple[RawRow, int, list[Example]]]:
+    """Yield each row of a chunk of which everything was rendered; `rows[i]` is whose the i-th encoded text is."""
+    found: dict[int, list[Example]] = {}
+    for index, example in zip(rows, encoded.result(), strict=True):
+        found.setdefault(index, []).append(example)
+    for index, (raw, row) in enumerate(chunk):
+        examples = found.get(index, [])
+        if len(examples) == len(_conversations(row)):
+            yield raw, identity(row), examples
 
 
 _worker: Tokenization | None = None
@@ -269,12 +285,10 @@ def _conversations(row: Row) -> tuple[Conversation | Text, ...]:
     return (row.conversation,) if isinstance(row, Labelled) else (row,)
 
 
-def _chunks(
-    raw_rows: Iterable[RawRow], reading: Reading, faults: Faults
-) -> Iterator[list[tuple[RawRow, Row]]]:
+def _chunks(raw_rows: Iterable[RawRow], reading: Reading, faults: Faults) -> Iterator[_Chunk]:
     """Yield rows as they are read, in pieces of bounded size; a row that cannot be read joins the faults."""
     read = reading.reader()
-    chunk: list[tuple[RawRow, Row]] = []
+    chunk: _Chunk = []
     characters = 0
     for raw in raw_rows:
         try:

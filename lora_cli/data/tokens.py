@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_cli.data.render import BREAK, Rendered, Span
-from lora_cli.data.special import any_of
+from lora_cli.data.special import added_bos, any_of
 from lora_cli.errors import InputError
 from lora_cli.types import Example
 
@@ -38,10 +38,10 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, controls: Mapping[str, int]) -> None:
         self._spec = backend_json(tokenizer)
-        self._backend = _bare(self._spec)
+        self.backend = _bare(self._spec)
         self._controls = dict(controls)
         self._private: tuple[Any, Ids] | None = None
-        self._bos_id = _added_bos(tokenizer)
+        self._bos_id = added_bos(tokenizer)
         # Text may well hold what the vocabulary lacks; every other control token must come from the template.
         self._never_from_text = [i for i in self._controls.values() if i != tokenizer.unk_token_id]
 
@@ -52,7 +52,7 @@ class Encoder:
             InputError: if the tokenizer makes a control token from ordinary text.
         """
         plain = [row for row in rows if not row.broken]
-        encodings = iter(self._backend.encode_batch([row.text for row in plain], add_special_tokens=False))
+        encodings = iter(self.backend.encode_batch([row.text for row in plain], add_special_tokens=False))
         return [
             self._encode_broken(row) if row.broken else self._example(row, next(encodings)) for row in rows
         ]
@@ -101,16 +101,6 @@ def _bare(spec: str) -> Any:
     backend = Tokenizer.from_str(spec)
     backend.post_processor = None
     return backend
-
-
-def _added_bos(tokenizer: Any) -> int | None:
-    """Return the begin token if the tokenizer puts one before a text by itself, else None."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return None
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    return int(bos) if full[:1] == [bos] and full != bare else None
 
 
 def trained_mask(encoding: Any, spans: Sequence[Span], length: int) -> Mask:

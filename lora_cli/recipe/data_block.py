@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -20,6 +21,18 @@ FormatName = Literal[
     "sharegpt_preference",
     "labelled",
 ]
+
+TEMPLATES = ("chatml", "llama3", "gemma", "mistral", "phi", "qwen", "alpaca", "vicuna")
+"""Chat templates of ours, a file each in assets/templates."""
+CHOICES = ("auto", "model", "plain")
+"""Values of data.template that name no template of their own."""
+
+
+def is_template_file(template: str) -> bool:
+    """Say whether a value of data.template can only be meant as a path."""
+    return (
+        "/" in template or template.startswith(("~", ".")) or template.endswith((".jinja", ".jinja2", ".j2"))
+    )
 
 
 class Fields(Section):
@@ -86,9 +99,11 @@ class Data(Section):
     """How to read a row. auto: decided from the first rows, and stated in the log."""
     fields: Fields | None = None
     """Column templates for rows of any other shape; with it, `format` stays `auto`."""
-    template: Literal["auto", "model", "plain"] = "auto"
+    template: Annotated[str, Field(min_length=1)] = "auto"
     """How a conversation becomes text. model: the tokenizer's chat template. plain: prompt, then answer, then the
-    end token. auto: model where the tokenizer has a template, else plain. Text rows are never templated."""
+    end token. auto: model where the tokenizer has a template, else plain. chatml, llama3, gemma, mistral, phi, qwen,
+    alpaca, vicuna: one of ours in its place. A path such as `./my.jinja`: the template in that file. What is exported
+    carries the template. Text rows are never templated, and a template that writes the date is given 26 July 2024."""
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
     """Longest row, in tokens."""
     overlong: Literal["drop", "truncate_right", "truncate_left", "split", "error"] = "drop"
@@ -129,6 +144,11 @@ class Data(Section):
             yield Conflict(
                 "data.sources", f"{weighted[0]} has a weight and {without} has none (give all, or none)"
             )
+        known = (*CHOICES, *TEMPLATES)
+        if self.template not in known and not is_template_file(self.template):
+            near = difflib.get_close_matches(self.template.lower(), known, n=3)
+            advice = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(known)}, or a path"
+            yield Conflict("data.template", f"found {self.template[:60]!r}, which is no template ({advice})")
         for key in ("eval_fraction", "eval_rows"):
             other = "eval" if self.eval is not None else "eval_fraction" if key == "eval_rows" else None
             if getattr(self, key) is not None and other and getattr(self, other) is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lora_cli.recipe.data_block import CHOICES
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.types import Evaluated, Prepared, Trained
@@ -92,6 +93,8 @@ def model_card(summary: dict[str, Any], recipe: Recipe) -> str:
         f" {summary['trainable_parameters']:,} trainable parameters.",
         "",
     ]
+    if recipe.data.template not in CHOICES:
+        lines += [f"Chat template: {_public(recipe.data.template)}, in chat_template.jinja.", ""]
     scores = summary["eval"]
     if scores["tuned"]:
         lines += ["| held-out | base | tuned |", "|---|---|---|"]
@@ -112,6 +115,7 @@ def _public_recipe(recipe: Recipe) -> str:
         update={
             "train": _public_names(recipe.data.train),
             "eval": _public_names(recipe.data.eval),
+            "template": _public(recipe.data.template),
             "sources": {
                 name: source.model_copy(update={"path": _public_names(source.path)})
                 for name, source in recipe.data.sources.items()

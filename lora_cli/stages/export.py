@@ -45,6 +45,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_MORE_TEMPLATES = "additional_chat_templates"
+"""Folder of a tokenizer that has several."""
 
 
 def run(
@@ -60,6 +62,7 @@ def run(
     facts: Mapping[str, str],
     settings: Export,
     tokenizer: Any | None = None,
+    chat_template: str | None = None,
     sample: Sequence[Example] = (),
     merge_with: str = "lora-merge TARGET --output DIR",
     log: Callable[[str], None],
@@ -68,9 +71,10 @@ def run(
 
     A method that a format cannot hold is written as one that it can, and how far that is from it is logged and said in
     the model card, as is a note of the method's own. `card` is the model card's text, `facts` join the manifest. The
-    tokenizer's files come from `base`, byte for byte, unless a `tokenizer` that knows more tokens is given. On the rows
-    of `sample` it is measured what a quantized base is best merged into. Those figures are returned as `merge_base`,
-    those of a portable adapter as `portable_update`; `merge_with` is the command to use where it is refused.
+    tokenizer's files come from `base`, byte for byte, unless a `tokenizer` that knows more tokens is given; a
+    `chat_template` takes the place of the base's. On the rows of `sample` it is measured what a quantized base is best
+    merged into. Those figures are returned as `merge_base`, those of a portable adapter as `portable_update`;
+    `merge_with` is the command to use where it is refused.
 
     Raises:
         InputError: a target exists, or a portable adapter cannot hold what was trained.
@@ -101,7 +105,7 @@ def run(
             for note in notes:
                 log(f"export: {note}")
             whole_card = "\n\n".join([card, *notes]).rstrip("\n") + "\n"
-            _add_companions(staging, base, tokenizer, stop_ids, whole_card)
+            _add_companions(staging, base, tokenizer, chat_template, stop_ids, whole_card)
         differences[form] = difference
         log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
     return differences
@@ -252,13 +256,22 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _add_companions(
-    folder: Path, base: Path, tokenizer: Any | None, stop_ids: Sequence[int], card: str
+    folder: Path,
+    base: Path,
+    tokenizer: Any | None,
+    chat_template: str | None,
+    stop_ids: Sequence[int],
+    card: str,
 ) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for name in _TOKENIZER_FILES if tokenizer is None else ():
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
+    if chat_template is not None:
+        _replace_template(folder, chat_template)
+    elif (base / _MORE_TEMPLATES).is_dir():
+        shutil.copytree(base / _MORE_TEMPLATES, folder / _MORE_TEMPLATES)
     # Its other settings stay as they are: transformers reads some that it refuses to write.
     source = base / "generation_config.json"
     settings = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
@@ -266,3 +279,13 @@ def _add_companions(
     settings["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
     (folder / source.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _replace_template(folder: Path, chat_template: str) -> None:
+    """Make a template the only one of an exported tokenizer."""
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.pop("chat_template", None) is not None:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from lora_cli.data.formats import choose_format
 from lora_cli.data.head import HEAD_ROWS, Origin, origins
 from lora_cli.data.read import Source
 from lora_cli.data.render import choose_template, settle_special_tokens
+from lora_cli.data.templates import with_template
 from lora_cli.data.tokenize import Reading, Task, Tokenization, parts_of, run_all
 from lora_cli.errors import InputError
 from lora_cli.recipe.schema import Data
@@ -90,18 +92,20 @@ def run(
     need_train: bool = True,
     spelled: Sequence[str] = (),
     consumes: tuple[type, ...] = (Conversation, Text),
+    adapter: Path | None = None,
 ) -> Prepared:
     """Prepare the recipe's splits; without `need_train` only the held-out one.
 
     `tokenizer` is a transformers fast tokenizer, left as it is; `log` receives one line per origin of rows. `spelled`
     are control tokens that a message may hold; other ones in it are ordinary text. `consumes` are the kinds of rows
-    that the objective can use.
+    that the objective can use. `adapter` is the folder of an adapter that is read, not trained.
 
     Raises:
         InputError: if a split that is needed is not set, cannot be read, has bad rows, or none to train on.
         ResourceError: if the cache does not fit on the disk.
     """
     jobs = _find_jobs(data, need_train=need_train, consumes=consumes)
+    tokenizer = with_template(tokenizer, data.template, adapter)
     # Text rows are never templated, so for them a template without terminator is no fault.
     templated = any(job.reading.format != "text" for job in jobs)
     template = choose_template(tokenizer, data.template) if templated else "plain"
