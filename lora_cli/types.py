@@ -6,7 +6,7 @@ trained of them) -> `Batch` (tensors). Everything else in this file is a stage's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -128,6 +128,8 @@ class Prepared:
     template: str
     """`model` or `plain`: which rendering was used."""
     counts: dict[str, SplitCounts]
+    changed: Callable[[], list[str]]
+    """Names the files that do not hold any more what was read of them."""
 
 
 @dataclass(slots=True)

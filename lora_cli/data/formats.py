@@ -206,14 +206,18 @@ def detect(rows: Sequence[RawRow], key: str = "data.train") -> str:
 
 
 def choose_format(
-    name: str, fields: Fields | None, rows: Sequence[RawRow], key: str = "data.train"
+    name: str, fields: Fields | None, rows: Sequence[RawRow], key: str = "data.train", *, skips: bool = False
 ) -> tuple[str, Callable[[RawRow], Row]]:
     """Return the format's name and its reader, where `rows` are the first: as `name` or `fields` says, or detected.
+
+    With `skips`, rows that fit no format are bad ones, and do not count.
 
     Raises:
         InputError: if the rows fit no format, or more than one, or `fields` is not valid.
     """
     if fields is not None:
         return "fields", fields_reader(fields)
+    if skips:
+        rows = [row for row in rows if _fitting(row)] or rows
     name = name if name != "auto" else detect(rows, key)
     return name, FORMATS[name].read

@@ -13,8 +13,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,8 @@ from lora_cli.data.lines import WHOLE, Part
 from lora_cli.data.read import RawRow, Source
 from lora_cli.data.render import Renderer
 from lora_cli.data.tokens import Encoder, backend_json
-from lora_cli.errors import InputError, LoraError
+from lora_cli.errors import InputError, LoraError, ResourceError
+from lora_cli.publish import sweep
 from lora_cli.recipe.data_block import Data, Fields
 from lora_cli.types import Conversation, Example, Labelled, Pair, Row, Text
 
@@ -62,6 +64,8 @@ class Task:
     max_rows: int | None
     folder: Path
     name: str
+    state: tuple[int, int] | None
+    """The file's size and time of change (ns) when `name` was made of its content."""
 
 
 @dataclass(slots=True)
@@ -142,16 +146,15 @@ class Tokenization:
         """Tokenize a part and publish its cache, unless a bad row or a fault stands against it."""
         tally, faults = Tally(), Faults(task.source.name)
         try:
-            before = _state(task.source)
             with CacheWriter(task.folder, task.name) as writer:
                 for raw, row, examples in self._examples(task, faults):
                     for example in fit(examples, raw.where, self.data, tally, faults):
                         writer.add(example, raw.number - task.part.first_line + 1, row)
                 tally.bad = faults.count
-                if _state(task.source) != before:
+                if file_state(task.source) != task.state:
                     raise InputError(f"{task.source.name}: changed while it was read (start again)")
                 if self.data.on_bad_row == "skip" or not faults.count:
-                    writer.publish({"tally": asdict(tally), "bad lines": faults.lines})
+                    writer.publish({"tally": asdict(tally), "bad lines": _without_place(faults.lines, task)})
         except LoraError as fault:
             return Outcome(tally, faults.lines, fault)
         return Outcome(tally, faults.lines)
@@ -209,7 +212,7 @@ def _serve(task: Task) -> Outcome:
     return _worker.run(task)
 
 
-def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Iterator[Outcome]:
+def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Generator[Outcome, None, None]:
     """Yield the outcome of each task in order; several at a time where there are several, and cores for them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if len(tasks) < 2 or cores < 2:
@@ -222,10 +225,24 @@ def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Iterator[Outco
     with ProcessPoolExecutor(workers, context, _start, (*settings, max(1, cores // workers))) as pool:
         try:
             yield from pool.map(_serve, tasks)
-        except BaseException:
+        except BaseException as fault:
             for process in multiprocessing.active_children():
                 process.terminate()
+            pool.shutdown(cancel_futures=True)
+            sweep(tasks[0].folder.parent)  # what they were writing
+            if isinstance(fault, BrokenProcessPool):
+                raise ResourceError(
+                    "a process that prepared the data was killed, most likely for want of memory (start again: what is"
+                    " done is kept; fewer cores need less memory)"
+                ) from fault
             raise
+
+
+def _without_place(lines: Sequence[str], task: Task) -> list[tuple[int, str]]:
+    """Return messages of bad rows as (line of the part, rest): an equal part may stand elsewhere, in another file."""
+    prefix = f"{task.source.name}{task.source.separator}"
+    apart = [line.removeprefix(prefix).partition(":") for line in lines]
+    return [(int(number) - task.part.first_line + 1, rest) for number, _, rest in apart]
 
 
 def _conversations(row: Row) -> tuple[Conversation | Text, ...]:
@@ -259,8 +276,10 @@ def _chunks(
         yield chunk
 
 
-def _state(source: Source) -> tuple[int, int] | None:
-    if source.path is None:
+def file_state(source: Source) -> tuple[int, int] | None:
+    """Return a file's size and time of change, nothing for a data set of the hub or a file that is gone."""
+    try:
+        stat = source.path.stat() if source.path is not None else None
+    except OSError:
         return None
-    stat = source.path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return (stat.st_size, stat.st_mtime_ns) if stat is not None else None
