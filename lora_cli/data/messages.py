@@ -126,9 +126,7 @@ def functions(value: Any, field: str, where: str) -> tuple[dict[str, Any], ...]:
 
 def _message(item: Any, field: str, where: str) -> Message:
     if not isinstance(item, dict):
-        raise InputError(
-            f"{where}: {field} is {type(item).__name__} (an object with role and content is needed)"
-        )
+        raise InputError(f"{where}: {field} is {kind_of(item)} (an object with role and content is needed)")
     role_key, text_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     if role_key not in item:
         raise InputError(
