@@ -73,9 +73,9 @@ def test_complaint_4_nothing_is_trained(tmp_path, base, capsys):
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate_right", "truncate_left"])
 def test_complaint_7_nothing_is_cut_in_silence(tmp_path, base, capsys, overlong):
-    """The rows that are too long, and the trained tokens that are lost, are printed as an independent count has them."""
+    """The rows that are too long, and trained tokens that are lost, are printed as an independent count has them."""
     content = [
-        {"prompt": "what does the cat say " * (row % 3), "completion": "the cat says purr " * (1 + row % 14)}
+        {"prompt": "what does it say " * (row % 3), "completion": "the cat says purr " * (1 + row % 14)}
         for row in range(28)
     ]
     content = [row | {"prompt": row["prompt"] or "cat"} for row in content]
