@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -254,24 +251,3 @@ def test_what_changed_since_is_known(tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", ["aa"])
     (tmp_path / "c.jsonl").unlink()
     assert prepared.changed() == [names[0], names[2]]
-
-
-def test_the_order_of_rows_is_a_function_of_seed_and_epoch():
-    """A process with another hash seed, asked for the steps in another order, has the same rows in every step."""
-    from lora_cli.runtime.order import rows_of_step
-
-    code = (
-        "from lora_cli.runtime.order import rows_of_step\n"
-        "print({s: rows_of_step(s, num_rows=103, batch_size=10, seed=5) for s in reversed(range(33))})"
-    )
-    for hashes in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ
-            | {"PYTHONHASHSEED": hashes, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        theirs = ast.literal_eval(done.stdout)
-        assert theirs == {step: rows_of_step(step, num_rows=103, batch_size=10, seed=5) for step in range(33)}
