@@ -173,6 +173,7 @@ class Tokenization:
         raw_rows = islice(task.source.rows(faults, task.part), task.max_rows)
         for chunk in _chunks(raw_rows, task.reading, faults):
             single = [(index, one) for index, (_, row) in enumerate(chunk) for one in _conversations(row)]
+            bad = faults.count
             rendered = renderer.render([one for _, one in single], faults)
             good = [
                 (index, text) for (index, _), text in zip(single, rendered, strict=True) if text is not None
@@ -180,10 +181,16 @@ class Tokenization:
             encoded: dict[int, list[Example]] = {}
             for (index, _), example in zip(good, encoder.encode([text for _, text in good]), strict=True):
                 encoded.setdefault(index, []).append(example)
+            whole = [
+                len(encoded.get(index, [])) == len(_conversations(row))
+                for index, (_, row) in enumerate(chunk)
+            ]
+            faults.count = bad + whole.count(
+                False
+            )  # a pair is one row, though both of its answers may be refused
             for index, (raw, row) in enumerate(chunk):
-                examples = encoded.get(index, [])
-                if len(examples) == len(_conversations(row)):
-                    yield raw, identity(row), examples
+                if whole[index]:
+                    yield raw, identity(row), encoded[index]
 
 
 _worker: Tokenization | None = None

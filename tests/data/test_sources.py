@@ -226,6 +226,20 @@ def test_bad_rows_are_skipped_up_to_the_cap(tmp_path, tokenizer, cache):
     assert not list(cache.glob("*"))
 
 
+def test_a_pair_that_is_refused_twice_is_one_bad_row(tmp_path, make_tokenizer):
+    """A template that refuses both answers of a pair makes one bad row of it, not two."""
+    content = [{"prompt": f"q{row}", "chosen": "yes", "rejected": "no"} for row in range(3)]
+    system = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    content.insert(1, {"prompt": system, "chosen": "yes", "rejected": "no"})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    how = {"train": str(tmp_path / "pairs.jsonl"), "consumes": (Pair,), "on_bad_row": "skip"}
+    prepared, said = run(make_tokenizer("gemma"), max_bad_rows=0.25, **how)
+    counts = prepared.counts["train"]
+    assert (counts.rows, counts.bad, counts.kept) == (3, 1, 3)
+    assert "1 bad ones skipped (first: " in said[0]
+    assert "pairs.jsonl:2: the chat template refuses this conversation" in said[0]
+
+
 def test_a_file_that_changed_since_it_was_named(tmp_path, tokenizer, monkeypatch, cache):
     """A file written to between its fingerprint and its tokens is refused: the cache would not hold what it names."""
     path = write(tmp_path / "rows.jsonl", ["a", "b"])
