@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -229,20 +230,26 @@ def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Generator[Outc
     settings = (tokenization.data, tokenization.train_on, tokenization.tokenizer, tokenization.template)
     # Not forked: the tokenizer's threads, and torch's, would not survive it.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (*settings, max(1, cores // workers))) as pool:
-        try:
-            yield from pool.map(_serve, tasks)
-        except BaseException as fault:
-            for process in multiprocessing.active_children():
-                process.terminate()
+    pool = ProcessPoolExecutor(workers, context, _start, (*settings, max(1, cores // workers)))
+    try:
+        yield from pool.map(_serve, tasks)
+        pool.shutdown()
+    except BaseException as fault:
+        workers_left = multiprocessing.active_children()
+        for process in workers_left:
+            process.terminate()
+        with suppress(OSError):  # of a broken pool: it closes its pipe from a thread of its own
             pool.shutdown(cancel_futures=True)
-            sweep(tasks[0].folder.parent)  # what they were writing
-            if isinstance(fault, BrokenProcessPool):
-                raise ResourceError(
-                    "a process that prepared the data was killed, most likely for want of memory (start again: what is"
-                    " done is kept; fewer cores need less memory)"
-                ) from fault
-            raise
+        for process in workers_left:
+            process.join()
+        sweep(tasks[0].folder.parent)  # what they were writing
+        # Of the same thread comes an OSError without a number, where rows are still handed out.
+        if isinstance(fault, BrokenProcessPool) or (isinstance(fault, OSError) and fault.errno is None):
+            raise ResourceError(
+                "a process that prepared the data was killed, most likely for want of memory (start again: what is done"
+                " is kept; fewer cores need less memory)"
+            ) from fault
+        raise
 
 
 def _without_place(lines: Sequence[str], task: Task) -> list[tuple[int, str]]:

@@ -243,6 +243,22 @@ def test_a_killed_worker_is_one_line(tmp_path, tokenizer, monkeypatch):
     assert not multiprocessing.active_children()
 
 
+def test_a_pool_that_broke_while_it_was_fed_is_one_line(tmp_path, tokenizer, monkeypatch):
+    """The closed pipe of a broken pool counts as a killed worker; an error of the system with a number is itself."""
+    path = write(tmp_path / "rows.jsonl", [f"row {number:04}" for number in range(300)])
+    monkeypatch.setattr(tokenize, "PART_BYTES", 1000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    for error, expected in ((OSError("handle is closed"), ResourceError), (OSError(5, "I/O"), OSError)):
+
+        def broken(*_: Any, error: OSError = error) -> Iterator[Any]:
+            raise error
+
+        monkeypatch.setattr(tokenize.ProcessPoolExecutor, "map", broken)
+        with pytest.raises(expected) as caught:
+            run(tokenizer, train=path)
+        assert isinstance(caught.value, ResourceError) is (expected is ResourceError)
+
+
 @pytest.mark.skipif(CORES < 2, reason="one core works in one process")
 def test_a_fault_ends_the_other_workers(tmp_path, tokenizer, monkeypatch, cache):
     """When a file cannot be read, no worker goes on with the others, and no cache of them is left."""
