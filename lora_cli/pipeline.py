@@ -115,6 +115,8 @@ def train(
                 recipe.train, model, method, objective, prepared, folder.path,
                 seed=recipe.run.seed, resume_step=resume_step, facts=facts, rt=rt, log=log,
             )  # fmt: skip
+        for name in prepared.changed():
+            log.line(f"warning: {name}: was changed while the run trained on what it held before")
         with _timed(seconds, "evaluate"):
             scores = evaluate_stage.run(
                 recipe.evaluate, model, objective, prepared, rt=rt, log=log, folder=folder.path

@@ -6,7 +6,7 @@ trained of them) -> `Batch` (tensors). Everything else in this file is a stage's
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -152,6 +152,8 @@ class Prepared:
     template: str
     """Which rendering was used: `plain`, `model`, or the chat template that the recipe names."""
     counts: dict[str, SplitCounts]
+    changed: Callable[[], list[str]]
+    """Names the files that do not hold any more what was read of them."""
     sources: tuple[SourceReport, ...] = ()
 
 

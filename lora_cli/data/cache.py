@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +32,7 @@ from lora_cli.errors import InputError, ResourceError
 from lora_cli.publish import Staging, sweep, verify
 from lora_cli.types import Example
 
-CACHE_FORMAT = 6
+CACHE_FORMAT = 7
 
 
 def cache_root() -> Path:
@@ -100,9 +101,8 @@ class CacheWriter:
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
         self._name = name
-        self._lengths: list[int] = []
-        self._lines: list[int] = []
-        self._identities: list[int] = []
+        # 24 bytes a row; lists of numbers would take 120.
+        self._lengths, self._lines, self._identities = array("q"), array("q"), array("Q")
         self._max_token = 0
 
     def __enter__(self) -> Self:

@@ -67,23 +67,22 @@ def sharegpt_turns(row: RawRow) -> tuple[Message, ...]:
 
 
 def half(value: Any, field: str, row: RawRow, before: Sequence[Message]) -> tuple[Message, ...]:
-    """Return the turns after `before` in one half of a pair."""
+    """Return the turns of one half of a pair, with those of the prompt `before` it."""
     if isinstance(value, str) and not before:
         return transcript(value, field, row.where)
     if not isinstance(value, list):
-        return (message(value, field, row.where),)
+        return (*before, message(value, field, row.where))
     messages = turns(value, field, row.where)
-    # Some data sets give the prompt and repeat it in both halves, with or without a system turn before it.
-    said = tuple(one for one in messages if one.role != "system")
-    if before and said[: len(before)] == tuple(before) and len(said) > len(before):
-        return said[len(before) :]
-    return messages
+    # Some data sets give the prompt and repeat it in both halves, there with a system turn before it or without.
+    for start in range(0, 1 + any(one.role == "system" for one in messages[:1])):
+        repeated = messages[start : start + len(before)]
+        if before and repeated == tuple(before) and len(messages) > start + len(before):
+            return messages
+    return (*before, *messages)
 
 
-def pair(
-    row: RawRow, before: tuple[Message, ...], chosen: tuple[Message, ...], rejected: tuple[Message, ...]
-) -> Pair:
-    """Return the pair of two ways to go on after `before`; what both begin with joins the prompt.
+def pair(row: RawRow, chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Pair:
+    """Return the pair of two conversations; what both begin with is the prompt.
 
     Raises:
         InputError: the two are the same, or do not answer one prompt.
@@ -93,14 +92,13 @@ def pair(
         shared += 1
     if shared == len(chosen) == len(rejected):
         raise InputError(f"{row.where}: chosen and rejected are the same (there is nothing to prefer)")
-    prompt = before + chosen[:shared]
+    prompt = chosen[:shared]
     if not prompt or prompt[-1].role not in ("user", "tool"):
         what = f"which ends with {prompt[-1].role}'s" if prompt else "and there is no prompt"
         raise InputError(
             f"{row.where}: chosen and rejected share {shared} turns, {what} (both must answer one prompt)"
         )
     found = [
-        conversation(before + after, name, row, len(prompt))
-        for name, after in (("chosen", chosen), ("rejected", rejected))
+        conversation(whole, name, row, shared) for name, whole in (("chosen", chosen), ("rejected", rejected))
     ]
     return Pair(found[0], found[1], row.where)

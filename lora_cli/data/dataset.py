@@ -104,12 +104,15 @@ def hold_out(
 def mix(sources: Sequence[Indices], weights: Sequence[float]) -> Indices:
     """Return the rows of one epoch in which each source has its weight's share, (sum of all rows,).
 
-    A source with too few rows is gone through again and again; of one with too many, the rest is left out, evenly.
+    A source with too few rows is gone through again and again; of one with too many, the rest is left out, evenly. Each
+    has a row at least, however small its weight.
     """
-    total, whole = sum(len(rows) for rows in sources), sum(weights)
+    total = sum(len(rows) for rows in sources)
+    # The shares are cut from one sum, so that the rounded ones make up all of it.
+    ends = np.round(np.cumsum(weights) / np.sum(weights) * total).astype(np.int64)
     chosen = []
-    for rows, weight in zip(sources, weights, strict=True):
-        wanted = max(1, round(total * weight / whole))
+    for rows, share in zip(sources, np.diff(ends, prepend=0), strict=True):
+        wanted = max(1, int(share))
         if wanted < len(rows):
             chosen.append(rows[np.linspace(0, len(rows), wanted, endpoint=False).astype(np.int64)])
         else:

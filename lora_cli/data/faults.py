@@ -22,7 +22,9 @@ class Faults:
         """Count one bad row; its message is kept if it is among the first."""
         self.count += 1
         if len(self.lines) < SHOWN:
-            self.lines.append(fault if isinstance(fault, str) else fault.lines[0])
+            line = fault if isinstance(fault, str) else fault.lines[0]
+            # It may hold what the row holds; a manifest and a log take only characters that are some.
+            self.lines.append(line.encode(errors="backslashreplace").decode())
 
     def join(self, count: int, lines: Sequence[str]) -> None:
         """Add the bad rows of a part of the split."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lora_cli.data.columns import column, listed, text_of
+from lora_cli.data.columns import column, listed, quoted, text_of
 from lora_cli.data.conversations import answered, conversation, half, history, pair, sharegpt_turns
 from lora_cli.data.fields import fields_reader
 from lora_cli.data.messages import message, turns
@@ -100,7 +100,7 @@ def preference(row: RawRow) -> Pair:
         before = turns(prompt, "prompt", row.where)
     else:
         before = () if prompt is None else (Message("user", text_of(prompt, "prompt", row.where)),)
-    return pair(row, before, half(chosen, "chosen", row, before), half(rejected, "rejected", row, before))
+    return pair(row, half(chosen, "chosen", row, before), half(rejected, "rejected", row, before))
 
 
 def sharegpt_preference(row: RawRow) -> Pair:
@@ -110,8 +110,8 @@ def sharegpt_preference(row: RawRow) -> Pair:
         InputError: as `preference`.
     """
     before = sharegpt_turns(row)
-    answers = [(message(column(row, name), name, row.where),) for name in ("chosen", "rejected")]
-    return pair(row, before, answers[0], answers[1])
+    halves = [(*before, message(column(row, name), name, row.where)) for name in ("chosen", "rejected")]
+    return pair(row, halves[0], halves[1])
 
 
 def labelled(row: RawRow) -> Labelled:
@@ -122,7 +122,7 @@ def labelled(row: RawRow) -> Labelled:
     """
     label = column(row, "label")
     if not isinstance(label, bool):
-        raise InputError(f"{row.where}: label is {label!r} (write true or false)")
+        raise InputError(f"{row.where}: label is {quoted(label)} (write true or false)")
     if "messages" in row.values:
         found = chat(row)
         found = Conversation(found.messages, found.where, found.tools, len(found.messages) - 1)
@@ -206,14 +206,18 @@ def detect(rows: Sequence[RawRow], key: str = "data.train") -> str:
 
 
 def choose_format(
-    name: str, fields: Fields | None, rows: Sequence[RawRow], key: str = "data.train"
+    name: str, fields: Fields | None, rows: Sequence[RawRow], key: str = "data.train", *, skips: bool = False
 ) -> tuple[str, Callable[[RawRow], Row]]:
     """Return the format's name and its reader, where `rows` are the first: as `name` or `fields` says, or detected.
+
+    With `skips`, rows that fit no format are bad ones, and do not count.
 
     Raises:
         InputError: if the rows fit no format, or more than one, or `fields` is not valid.
     """
     if fields is not None:
         return "fields", fields_reader(fields)
+    if skips:
+        rows = [row for row in rows if _fitting(row)] or rows
     name = name if name != "auto" else detect(rows, key)
     return name, FORMATS[name].read

@@ -84,7 +84,7 @@ def _check(origin: Origin, *, skips: bool) -> str:
         rows = list(islice(source.rows(own), HEAD_ROWS))
         if not skips or not rows:
             own.raise_if_any()
-        name, read = choose_format(origin.format, origin.fields, rows, origin.key)
+        name, read = choose_format(origin.format, origin.fields, rows, origin.key, skips=skips)
         names.append(name)
         if name != names[0]:
             raise InputError(

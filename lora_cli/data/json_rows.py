@@ -39,7 +39,8 @@ def _not_a_number(constant: str) -> NoReturn:
 _SPACE = re.compile(r"\s*")
 _BLOCK = 2**20
 """Bytes of a .json file that are read at a time."""
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_not_a_number)
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_not_a_number)
+"""Refuses by a ValueError what other readers read otherwise."""
 _JSON_TYPES = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
 
 
@@ -55,7 +56,7 @@ def jsonl(name: str, path: Path, faults: Faults, part: Part) -> Iterator[tuple[i
     Raises:
         InputError: if the file is one JSON array.
     """
-    first = True
+    first = not part.start
     for number, line in numbered_lines(name, path, faults, part):
         line = line.strip()
         if not line:
@@ -67,7 +68,7 @@ def jsonl(name: str, path: Path, faults: Faults, part: Part) -> Iterator[tuple[i
             )
         first = False
         try:
-            yield number, _object(_JSON.decode(line))
+            yield number, _object(STRICT_JSON.decode(line))
         except json.JSONDecodeError as error:
             hint = " (one whole object per line is needed)" if line == "{" else ""
             faults.add(f"{where}: invalid JSON: {error.msg} at column {error.colno}{hint}")
@@ -148,10 +149,13 @@ class _Text:
         """
         while True:
             try:
-                value, self.position = _JSON.raw_decode(self._buffer, self.position)
-                return value
+                try:
+                    value, self.position = STRICT_JSON.raw_decode(self._buffer, self.position)
+                    return value
+                except _BadRow:  # may be known before the value was read to its end
+                    self.position = json.JSONDecoder().raw_decode(self._buffer, self.position)[1]
+                    raise
             except _BadRow:
-                self.position = json.JSONDecoder().raw_decode(self._buffer, self.position)[1]
                 raise
             except json.JSONDecodeError as error:
                 # What was read may end within the value: as much again is read before it counts as a fault.

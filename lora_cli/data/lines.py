@@ -1,7 +1,7 @@
 """Lines of a text file with their numbers; what is no UTF-8 text is named before it is taken for bad rows.
 
 A file may be compressed, as its name says. It is read as a stream, so memory does not grow with it, and a file that
-unpacks to more than a text can is refused: text shrinks by a factor of 3 to 20.
+unpacks to more than a text can is refused: text shrinks by a factor of 3 to 20, and deflate's limit is 1,032.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lora_cli.data.faults import Faults
 from lora_cli.errors import InputError
@@ -21,8 +21,11 @@ MAX_LINE_BYTES = 64 * 2**20
 """Longest line. A file with a longer one is not made of lines, and would fill the memory before it fails."""
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-MAX_RATIO = 1000
-"""Most bytes that one compressed byte may stand for, beyond the first MAX_LINE_BYTES."""
+MAX_RATIO = 200
+"""Most bytes that one compressed byte may stand for, beyond the first UNPACKED_FREELY."""
+UNPACKED_FREELY = 4 * 2**20
+_LOOKED_AT = 32 * 2**20
+"""Unpacked bytes that are looked at before any row: enough to know a bomb by, and 0.1 s."""
 
 _MAGIC = (
     (b"\x1f\x8b", "a gzip archive", "let its name end in .gz, e.g. .jsonl.gz"),
@@ -65,10 +68,38 @@ def opened(name: str, path: Path) -> Iterator[IO[bytes]]:
 
     path.open("rb").close()  # so that a file that cannot be opened is not taken for a damaged one
     try:
-        with pa.input_stream(str(path), compression=compression) as stream:
-            yield io.BufferedReader(stream, 2**20)  # type: ignore[type-var]
+        with (
+            path.open("rb") as packed,
+            pa.CompressedInputStream(pa.PythonFile(packed), compression) as stream,
+        ):
+            yield io.BufferedReader(_Unpacked(name, packed, stream), 2**20)
     except OSError as error:
         raise InputError(f"{name}: damaged {compression} file: {error}") from error
+
+
+class _Unpacked(io.RawIOBase):
+    """What a compressed file unpacks to; more of it than text can be is refused when it is met."""
+
+    def __init__(self, name: str, packed: IO[bytes], stream: Any) -> None:
+        self._name, self._packed, self._stream, self._count = name, packed, stream, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer and return how many bytes there were.
+
+        Raises:
+            InputError: if the file unpacks to more than text can.
+        """
+        block = self._stream.read(len(buffer))
+        buffer[: len(block)] = block
+        self._count += len(block)
+        if self._count > UNPACKED_FREELY + MAX_RATIO * self._packed.tell():
+            raise InputError(
+                f"{self._name}: unpacks to more than {MAX_RATIO} times its size (unpack it yourself)"
+            )
+        return len(block)
 
 
 def check_start(name: str, path: Path, magic: bytes | None) -> None:
@@ -79,6 +110,9 @@ def check_start(name: str, path: Path, magic: bytes | None) -> None:
     """
     with opened(name, path) as file:
         start = file.read(32)
+        if path.suffix.lower() in COMPRESSED:
+            for _ in range(_LOOKED_AT // 2**20):
+                file.read(2**20)
     if not start:
         raise InputError(f"{name}: the file is empty")
     if magic is not None:
@@ -96,9 +130,6 @@ def numbered_lines(name: str, path: Path, faults: Faults, part: Part = WHOLE) ->
     Raises:
         InputError: if a line is too long, or a compressed file is damaged or unpacks to too much.
     """
-    most = None
-    if path.suffix.lower() in COMPRESSED:
-        most = MAX_LINE_BYTES + MAX_RATIO * path.stat().st_size
     with opened(name, path) as file:
         if part.start:
             file.seek(part.start)
@@ -110,10 +141,6 @@ def numbered_lines(name: str, path: Path, faults: Faults, part: Part = WHOLE) ->
                 limit = MAX_LINE_BYTES // 2**20
                 raise InputError(
                     f"{name}:{number}: the line is longer than {limit} MiB (one row per line is needed)"
-                )
-            if most is not None and position > most:
-                raise InputError(
-                    f"{name}: unpacks to more than {MAX_RATIO} times its size (unpack it yourself)"
                 )
             if number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lora_cli.data.columns import kind_of, parsed, text_of
+from lora_cli.data.columns import kind_of, parsed, quoted, text_of
 from lora_cli.errors import InputError
 from lora_cli.types import Message
 
@@ -126,9 +126,7 @@ def functions(value: Any, field: str, where: str) -> tuple[dict[str, Any], ...]:
 
 def _message(item: Any, field: str, where: str) -> Message:
     if not isinstance(item, dict):
-        raise InputError(
-            f"{where}: {field} is {type(item).__name__} (an object with role and content is needed)"
-        )
+        raise InputError(f"{where}: {field} is {kind_of(item)} (an object with role and content is needed)")
     role_key, text_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     if role_key not in item:
         raise InputError(
@@ -170,7 +168,7 @@ def _role(value: Any, field: str, where: str) -> str:
     if role in _CALLS:
         return "assistant"
     if role not in ROLES:
-        raise InputError(f"{where}: {field} is {value!r} (one of {', '.join(ROLES)})")
+        raise InputError(f"{where}: {field} is {quoted(value)} (one of {', '.join(ROLES)})")
     return str(role)
 
 
@@ -222,9 +220,11 @@ def _trained(item: dict[str, Any], role: str, field: str, where: str) -> bool:
         if value is None:
             continue
         if role != "assistant" and value:
-            raise InputError(f"{where}: {field}.{key} is {value!r} (only an assistant turn can be trained)")
+            raise InputError(
+                f"{where}: {field}.{key} is {quoted(value)} (only an assistant turn can be trained)"
+            )
         if value not in known or isinstance(value, bool) is not isinstance(known[0], bool):
             listed = " or ".join(str(one).lower() for one in known)
-            raise InputError(f"{where}: {field}.{key} is {value!r} (write {listed})")
+            raise InputError(f"{where}: {field}.{key} is {quoted(value)} (write {listed})")
         return bool(value)
     return True

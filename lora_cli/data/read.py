@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import glob
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,11 @@ class Source:
             InputError: if the source as a whole cannot be read, or is whole and holds no rows.
         """
         if self.path is None:
+            index = 0
             for index, values in enumerate(load_hub(self.name, self.split, self.revision), start=1):
                 yield RawRow(dict(values), f"{self.name}{self.separator}{index}", index)
+            if not index:
+                raise InputError(f"{self.name}: holds no rows in split {self.split}")
             return
         reader, magic = _READERS[_kind(self.path)]
         try:
@@ -98,10 +101,8 @@ def find_sources(names: str | list[str], key: str, split: str, revision: str | N
 def _find(name: str, key: str, split: str, revision: str | None) -> list[Source]:
     path = Path(name).expanduser()
     if path.is_dir():
-        inside = sorted(
-            one for one in path.rglob("*") if one.is_file() and not _hidden(one.relative_to(path))
-        )
-        files = [one for one in inside if _kind(one) in _READERS]
+        inside = sorted(one for one in path.rglob("*") if not _hidden(one.relative_to(path)))
+        files = _readable(inside, key)
         if not files:
             raise InputError(f"{key}: {name} is a folder without rows (its files must end in {_KNOWN})")
         return [Source(str(one), one, split) for one in files]
@@ -114,8 +115,7 @@ def _find(name: str, key: str, split: str, revision: str | None) -> list[Source]
     if path.is_symlink():
         raise InputError(f"{key}: {name} is a broken symbolic link")
     if any(character in name for character in "*?["):
-        matches = sorted(Path(one) for one in glob.glob(str(path), recursive=True))
-        files = [one for one in matches if one.is_file() and _kind(one) in _READERS]
+        files = _readable(sorted(Path(one) for one in glob.glob(str(path), recursive=True)), key)
         if not files:
             raise InputError(f"{key}: {name}: no file matches this pattern (files must end in {_KNOWN})")
         return [Source(str(one), one, split) for one in files]
@@ -123,6 +123,22 @@ def _find(name: str, key: str, split: str, revision: str | None) -> list[Source]
         return [Source(name, None, split, revision)]
     hint = f"a file that ends in {_KNOWN}, a folder of such files, or a hub id `owner/name`"
     raise InputError(f"{key}: {name}: no such file (write {hint})")
+
+
+def _readable(paths: Sequence[Path], key: str) -> list[Path]:
+    """Return the files among them that hold rows, by their endings.
+
+    Raises:
+        InputError: one is a link to a file that is not there, or no file at all.
+    """
+    named = [path for path in paths if _kind(path) in _READERS]
+    gone = next((path for path in named if path.is_symlink() and not path.exists()), None)
+    if gone is not None:
+        raise InputError(f"{key}: {gone} is a broken symbolic link")
+    special = next((path for path in named if not path.is_file() and not path.is_dir()), None)
+    if special is not None:
+        raise InputError(f"{key}: {special} is not a regular file")
+    return [path for path in named if path.is_file()]
 
 
 def _kind(path: Path) -> str:
@@ -138,28 +154,32 @@ def _hidden(path: Path) -> bool:
 
 def _csv(name: str, path: Path, faults: Faults, part: Part) -> Iterator[tuple[int, Values]]:
     assert part == WHOLE
-    last = 0
+    first, last, torn = 0, 0, False
+    """Of the row being read: its lines, and whether one between them is missing, since it was no text."""
 
     def text() -> Iterator[str]:
-        nonlocal last
+        nonlocal first, last, torn
         for number, line in numbered_lines(name, path, faults):
-            last = number
+            torn = torn or (first > 0 and number != last + 1)
+            first, last = first or number, number
             yield line
 
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader(text(), strict=True)
     header: list[str] | None = None
     while True:
-        number = last + 1
+        first, torn = 0, False
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise InputError(f"{name}:{number}: invalid CSV: {error}") from error
-        if not cells:
+            raise InputError(f"{name}:{first}: invalid CSV: {error}") from error
+        number = first
+        if not cells or torn:
             continue
         if header is None:
+            faults.raise_if_any()  # without its line the first row would be taken for the header
             header = cells
             twice = next((cell for cell in cells if cells.count(cell) > 1), None)
             if twice is not None:

@@ -14,8 +14,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,7 +33,8 @@ from lora_cli.data.lines import WHOLE, Part
 from lora_cli.data.read import RawRow, Source
 from lora_cli.data.render import Renderer
 from lora_cli.data.tokens import Encoder, backend_json
-from lora_cli.errors import InputError, LoraError
+from lora_cli.errors import InputError, LoraError, ResourceError
+from lora_cli.publish import sweep
 from lora_cli.recipe.data_block import Data, Fields
 from lora_cli.types import Conversation, Example, Labelled, Pair, Row, Text
 
@@ -85,6 +88,8 @@ class Task:
     max_rows: int | None
     folder: Path
     name: str
+    state: tuple[int, int] | None
+    """The file's size and time of change (ns) when `name` was made of its content."""
 
 
 @dataclass(slots=True)
@@ -170,7 +175,6 @@ class Tokenization:
         tally, faults = Tally(), Faults(task.source.name)
         firsts: dict[str, int] = {}
         try:
-            before = _state(task.source)
             with CacheWriter(task.folder, task.name) as writer:
                 for raw, row, examples in self._examples(task, faults):
                     line, longest = raw.number - task.part.first_line + 1, tally.longest
@@ -182,10 +186,11 @@ class Tokenization:
                     if tally.longest > longest:
                         firsts["longest"] = line
                 tally.bad = faults.count
-                if _state(task.source) != before:
+                if file_state(task.source) != task.state:
                     raise InputError(f"{task.source.name}: changed while it was read (start again)")
                 if self.data.on_bad_row == "skip" or not faults.count:
-                    writer.publish({"tally": asdict(tally), "bad lines": faults.lines, "first lines": firsts})
+                    bad = _without_place(faults.lines, task)
+                    writer.publish({"tally": asdict(tally), "bad lines": bad, "first lines": firsts})
         except LoraError as fault:
             return Outcome(tally, faults.lines, fault)
         return Outcome(tally, faults.lines)
@@ -207,7 +212,12 @@ class Tokenization:
             waiting: deque[tuple[_Chunk, list[int], Future[list[Example]]]] = deque()
             for chunk in _chunks(raw_rows, task.reading, faults):
                 single = [(index, one) for index, (_, row) in enumerate(chunk) for one in _conversations(row)]
+                bad = faults.count
                 rendered = renderer.render([one for _, one in single], faults)
+                # A pair is one row, though both of its answers may be refused.
+                faults.count = bad + len(
+                    {index for (index, _), text in zip(single, rendered, strict=True) if text is None}
+                )
                 good = [(index, text) for (index, _), text in zip(single, rendered, strict=True) if text]
                 future = pool.submit(encoder.encode, [text for _, text in good])
                 waiting.append((chunk, [index for index, _ in good], future))
@@ -258,7 +268,7 @@ def _serve(task: Task) -> Outcome:
     return _worker.run(task)
 
 
-def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Iterator[Outcome]:
+def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Generator[Outcome, None, None]:
     """Yield the outcome of each task in order; several at a time where there are several, and cores for them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if len(tasks) < 2 or cores < 2:
@@ -269,13 +279,33 @@ def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Iterator[Outco
     settings = (one.data, one.train_on, one.tokenizer, one.template, one.spelled)
     # Not forked: the tokenizer's threads, and torch's, would not survive it.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (*settings, max(1, cores // workers))) as pool:
-        try:
-            yield from pool.map(_serve, tasks)
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    pool = ProcessPoolExecutor(workers, context, _start, (*settings, max(1, cores // workers)))
+    try:
+        yield from pool.map(_serve, tasks)
+        pool.shutdown()
+    except BaseException as fault:
+        workers_left = multiprocessing.active_children()
+        for process in workers_left:
+            process.terminate()
+        with suppress(OSError):  # of a broken pool: it closes its pipe from a thread of its own
+            pool.shutdown(cancel_futures=True)
+        for process in workers_left:
+            process.join()
+        sweep(tasks[0].folder.parent)  # what they were writing
+        # Of the same thread comes an OSError without a number, where rows are still handed out.
+        if isinstance(fault, BrokenProcessPool) or (isinstance(fault, OSError) and fault.errno is None):
+            raise ResourceError(
+                "a process that prepared the data was killed, most likely for want of memory (start again: what is done"
+                " is kept; fewer cores need less memory)"
+            ) from fault
+        raise
+
+
+def _without_place(lines: Sequence[str], task: Task) -> list[tuple[int, str]]:
+    """Return messages of bad rows as (line of the part, rest): an equal part may stand elsewhere, in another file."""
+    prefix = f"{task.source.name}{task.source.separator}"
+    apart = [line.removeprefix(prefix).partition(":") for line in lines]
+    return [(int(number) - task.part.first_line + 1, rest) for number, _, rest in apart]
 
 
 def _conversations(row: Row) -> tuple[Conversation | Text, ...]:
@@ -307,8 +337,10 @@ def _chunks(raw_rows: Iterable[RawRow], reading: Reading, faults: Faults) -> Ite
         yield chunk
 
 
-def _state(source: Source) -> tuple[int, int] | None:
-    if source.path is None:
+def file_state(source: Source) -> tuple[int, int] | None:
+    """Return a file's size and time of change, nothing for a data set of the hub or a file that is gone."""
+    try:
+        stat = source.path.stat() if source.path is not None else None
+    except OSError:
         return None
-    stat = source.path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return (stat.st_size, stat.st_mtime_ns) if stat is not None else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,18 +18,17 @@ import numpy as np
 
 from lora_cli.data.cache import TokenCache, cache_root
 from lora_cli.data.dataset import CachedPart, Dataset, hold_out, mix, overlap
-from lora_cli.data.faults import SHOWN, Faults
-from lora_cli.data.fit import Tally
+from lora_cli.data.faults import Faults
 from lora_cli.data.formats import choose_format
 from lora_cli.data.head import HEAD_ROWS, Origin, origins
 from lora_cli.data.read import Source
 from lora_cli.data.render import choose_template, settle_special_tokens
 from lora_cli.data.templates import with_template
-from lora_cli.data.tokenize import Reading, Task, Tokenization, parts_of, run_all
+from lora_cli.data.tokenize import Reading, Task, Tokenization, file_state, parts_of, run_all
 from lora_cli.errors import InputError
 from lora_cli.recipe.schema import Data
-from lora_cli.stages._sources import report
-from lora_cli.types import Conversation, Pair, Prepared, Text
+from lora_cli.stages._origin_rows import Job, line, nothing_left, report, too_many
+from lora_cli.types import Conversation, Prepared, Text
 
 Split = Literal["train", "eval"]
 
@@ -38,48 +37,6 @@ class Processes(Protocol):
     """What this stage needs to know of the runtime."""
 
     def in_main(self, work: Callable[[], None]) -> None: ...
-
-
-@dataclass(slots=True)
-class _Job:
-    """One origin of rows: how it is read, and its parts with their caches."""
-
-    origin: Origin
-    reading: Reading
-    detected: bool
-    tasks: list[tuple[Source, Task]] = field(default_factory=list)
-    parts: list[CachedPart] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
-
-    def open(self) -> None:
-        """Open the caches, unless they are open.
-
-        Raises:
-            InputError: if one is not there any more.
-        """
-        if self.parts:
-            return
-        try:
-            self.parts = [
-                CachedPart(
-                    TokenCache(task.folder, check=False),
-                    source.name,
-                    source.separator,
-                    task.part.first_line - 1,
-                    self.origin.key,
-                    self.reading.kind == "preference pairs",
-                )
-                for source, task in self.tasks
-            ]
-        except ValueError as error:
-            raise InputError(
-                f"{error} (the token cache disappeared while it was used; start again)"
-            ) from error
-        self.tally = sum((Tally(**part.cache.meta["tally"]) for part in self.parts), Tally())
-
-    def bad_lines(self) -> list[str]:
-        """Return the messages of the first bad rows that were skipped."""
-        return [line for part in self.parts for line in part.cache.meta["bad lines"]][:SHOWN]
 
 
 def run(
@@ -132,14 +89,18 @@ def run(
         formats={split: _formats(jobs, split) for split in splits},
         template=template,
         counts={job.origin.key.removeprefix("data."): job.tally.counts() for job in jobs},
-        sources=tuple(
-            report(job.origin, job.reading, job.parts, job.tally, detected=job.detected) for job in jobs
-        ),
+        sources=tuple(map(report, jobs)),
+        changed=lambda: _changed(jobs),
     )
 
 
-def _find_jobs(data: Data, *, need_train: bool, consumes: tuple[type, ...]) -> list[_Job]:
-    jobs: list[_Job] = []
+def _changed(jobs: list[Job]) -> list[str]:
+    now = ((source, task.state) for job in jobs for source, task in job.tasks)
+    return list(dict.fromkeys(source.name for source, state in now if file_state(source) != state))
+
+
+def _find_jobs(data: Data, *, need_train: bool, consumes: tuple[type, ...]) -> list[Job]:
+    jobs: list[Job] = []
     if not (need_train or data.holds_out()):
         raise InputError("data.eval: not set (name a file or a hub data set)")
     splits: list[Split] = ["train"] if need_train or data.eval is None else []
@@ -148,18 +109,20 @@ def _find_jobs(data: Data, *, need_train: bool, consumes: tuple[type, ...]) -> l
         found = origins(data, split)
         if not found:
             raise InputError(f"data.{split}: not set (name a file or a hub data set)")
-        jobs += [_Job(origin, *_reading(origin, consumes)) for origin in found]
+        jobs += [
+            Job(origin, *_reading(origin, consumes, skips=data.on_bad_row == "skip")) for origin in found
+        ]
     return jobs
 
 
-def _reading(origin: Origin, consumes: tuple[type, ...]) -> tuple[Reading, bool]:
+def _reading(origin: Origin, consumes: tuple[type, ...], *, skips: bool) -> tuple[Reading, bool]:
     """Return how an origin's rows are read, and whether that was found out from the first of them."""
     source = origin.sources[0]
     faults = Faults(source.name)
     head = list(islice(source.rows(faults), HEAD_ROWS))
     if not head:
         faults.raise_if_any()
-    name, _ = choose_format(origin.format, origin.fields, head, origin.key)
+    name, _ = choose_format(origin.format, origin.fields, head, origin.key, skips=skips)
     reading = Reading(name, origin.fields)
     if reading.makes not in consumes:
         raise InputError(
@@ -169,17 +132,19 @@ def _reading(origin: Origin, consumes: tuple[type, ...]) -> tuple[Reading, bool]
     return reading, origin.format == "auto" and origin.fields is None
 
 
-def _tasks(job: _Job, tokenization: Tokenization) -> list[tuple[Source, Task]]:
+def _tasks(job: Job, tokenization: Tokenization) -> list[tuple[Source, Task]]:
     tasks = []
     most = job.origin.max_rows
     for source in job.origin.sources:
+        state = file_state(source)
         for part, content in parts_of(source, whole=most is not None):
             name = tokenization.name(job.reading, content, most)
-            tasks.append((source, Task(source, part, job.reading, most, cache_root() / name[:32], name)))
+            folder = cache_root() / name[:32]
+            tasks.append((source, Task(source, part, job.reading, most, folder, name, state)))
     return tasks
 
 
-def _ensure(job: _Job, tokenization: Tokenization, log: Callable[[str], None]) -> None:
+def _ensure(job: Job, tokenization: Tokenization, log: Callable[[str], None]) -> None:
     """Tokenize what has no sound cache, and log what the origin holds; a refused one leaves no cache behind.
 
     Raises:
@@ -194,23 +159,25 @@ def _ensure(job: _Job, tokenization: Tokenization, log: Callable[[str], None]) -
         for task in missing:
             shutil.rmtree(task.folder, ignore_errors=True)
         raise
-    log(_line(job, tokenization, f"{time.monotonic() - began:.1f} s" if missing else "cached"))
+    log(line(job, tokenization, f"{time.monotonic() - began:.1f} s" if missing else "cached"))
 
 
-def _build(job: _Job, missing: list[Task], tokenization: Tokenization) -> None:
+def _build(job: Job, missing: list[Task], tokenization: Tokenization) -> None:
     data = tokenization.data
     faults = Faults(job.origin.sources[0].name if len(job.origin.sources) == 1 else job.origin.key)
-    for outcome in run_all(tokenization, missing):
-        if outcome.fault is not None:
-            raise outcome.fault
-        faults.join(outcome.tally.bad, outcome.bad_lines)
+    # Closed at a fault, and not only when its message was printed: the other processes would go on until then.
+    with closing(run_all(tokenization, missing)) as outcomes:
+        for outcome in outcomes:
+            if outcome.fault is not None:
+                raise outcome.fault
+            faults.join(outcome.tally.bad, outcome.bad_lines)
     if data.on_bad_row == "stop":
         faults.raise_if_any()
     job.open()
     if job.tally.bad > data.max_bad_rows * (job.tally.rows + job.tally.bad):
-        raise InputError([*job.bad_lines(), _too_many(job, data)])
+        raise InputError([*job.bad_lines, too_many(job, data)])
     if not job.tally.kept:
-        raise InputError(_nothing_left(job, data))
+        raise InputError(nothing_left(job, data))
 
 
 def _is_sound(task: Task, *, skips: bool) -> bool:
@@ -221,7 +188,7 @@ def _is_sound(task: Task, *, skips: bool) -> bool:
     return skips or not cache.meta["tally"]["bad"]
 
 
-def _select(data: Data, jobs: list[_Job]) -> dict[str, Dataset]:
+def _select(data: Data, jobs: list[Job]) -> dict[str, Dataset]:
     """Return the rows of each split."""
     parts: dict[str, list[CachedPart]] = {"train": [], "eval": []}
     rows: dict[str, list[np.ndarray]] = {"train": [], "eval": []}
@@ -229,9 +196,7 @@ def _select(data: Data, jobs: list[_Job]) -> dict[str, Dataset]:
         job.open()
         split = "eval" if job.origin.key == "data.eval" else "train"
         before = sum(len(part.cache) for part in parts[split])
-        count = sum(len(part.cache) for part in job.parts)
-        most = (job.origin.max_rows or count) * (2 if job.reading.makes is Pair else 1)
-        rows[split].append(before + np.arange(min(count, most)))
+        rows[split].append(before + job.rows())
         parts[split] += job.parts
     splits: dict[str, Dataset] = {}
     if rows["eval"]:
@@ -266,45 +231,6 @@ def _warn_of_overlap(train: Dataset, held_out: Dataset, log: Callable[[str], Non
         )
 
 
-def _formats(jobs: list[_Job], split: str) -> str:
+def _formats(jobs: list[Job], split: str) -> str:
     own = {job.reading.format for job in jobs if (job.origin.key == "data.eval") is (split == "eval")}
     return ", ".join(sorted(own or {job.reading.format for job in jobs}))
-
-
-def _too_many(job: _Job, data: Data) -> str:
-    total = job.tally.rows + job.tally.bad
-    return (
-        f"{job.origin.key}: {job.tally.bad} of {total} rows are bad, more than data.max_bad_rows"
-        f" {data.max_bad_rows:g} allows (mend them, or raise it)"
-    )
-
-
-def _nothing_left(job: _Job, data: Data) -> str:
-    tally, place = job.tally, f"{job.origin.key}: {job.origin.title}"
-    if tally.longest > data.max_length:
-        remedy = "raise it, or let data.overlong truncate" if data.overlong == "drop" else "raise it"
-        return (
-            f"{place}: none of {tally.rows} rows can be used with data.max_length {data.max_length}: the longest has"
-            f" {tally.longest} tokens ({remedy})"
-        )
-    return f"{place}: none of {tally.rows} rows has a token to train"
-
-
-def _line(job: _Job, tokenization: Tokenization, took: str) -> str:
-    tally, most = job.tally, tokenization.data.max_length
-    parts = [f"{tally.kept:,} of {tally.rows + tally.bad:,} rows kept"]
-    if tally.bad:
-        parts.append(f"{tally.bad:,} bad ones skipped (first: {job.bad_lines()[0]})")
-    if tally.too_long:
-        parts.append(f"{tally.too_long:,} dropped (longer than {most} tokens)")
-    if tally.untrained:
-        parts.append(f"{tally.untrained:,} dropped (nothing to train)")
-    if tally.truncated:
-        how = "split" if tokenization.data.overlong == "split" else "truncated"
-        parts.append(f"{tally.truncated:,} {how} to {most} tokens")
-    parts.append(f"{tally.tokens:,} tokens, {tally.trained_tokens:,} trained")
-    if tally.lost_trained_tokens:
-        parts.append(f"{tally.lost_trained_tokens:,} trained tokens lost")
-    template = "untemplated" if job.reading.format == "text" else f"template {tokenization.template}"
-    form = f"{job.reading.format}{' (detected)' if job.detected else ''}"
-    return f"{job.origin.key}: {job.origin.title}: {form}, {template}: {', '.join(parts)}; {took}"

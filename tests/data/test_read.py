@@ -219,9 +219,14 @@ def test_any_bytes_give_rows_or_an_input_error(tmp_path, suffix, content):
 def test_paths_that_are_no_files(tmp_path):
     """Folder, missing file, broken link and pipe are refused without being opened."""
     os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README").write_text("no rows")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
     for name, message in {
-        "": "is a folder without rows",
+        "notes": "is a folder without rows",
+        "": "link.jsonl is a broken symbolic link",
+        "*.jsonl": "link.jsonl is a broken symbolic link",
+        "p*.jsonl": "pipe.jsonl is not a regular file",
         "missing.jsonl": "no such file",
         "link.jsonl": "broken symbolic link",
         "pipe.jsonl": "not a regular file",
