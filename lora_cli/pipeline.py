@@ -20,9 +20,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lora_cli import adapters, objectives
-from lora_cli.adapters import Method, Start, _peft
-from lora_cli.data.chosen_tokens import add_tokens, require_used, token_ids
+from lora_cli import objectives
+from lora_cli.adapters import Method
+from lora_cli.data.chosen_tokens import require_used
 from lora_cli.data.render import settle_special_tokens
 from lora_cli.data.templates import with_template
 from lora_cli.errors import InputError
@@ -33,13 +33,9 @@ from lora_cli.models.load import (
     base_folder,
     fastest_attention,
     load_model,
-    load_tokenizer,
     tokenizer_folder,
 )
-from lora_cli.models.nf4 import Quantization
 from lora_cli.models.safety import check_model_folder
-from lora_cli.models.weight_files import read_json
-from lora_cli.publish import MANIFEST
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime import dist, order, report
@@ -49,6 +45,7 @@ from lora_cli.runtime.faults import resource_faults
 from lora_cli.runtime.log import Log
 from lora_cli.runtime.resume import begin, find_finished, method_state
 from lora_cli.runtime.run_folder import EXPORTS, RunFolder
+from lora_cli.stages import _opened as opened
 from lora_cli.stages import describe, export, inject, prepare
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import inspect as inspect_stage
@@ -78,17 +75,17 @@ def train(
     with _started(recipe) as (rt, log), folder.lock:
         with _timed(seconds, "prepare"):
             base = base_folder(recipe.model.base, recipe.model.revision)
-            recipe, start = _settle_start(recipe, base)
-            tokenizer = _tokenizer(recipe, base)
+            recipe, start = opened.settle_start(recipe, base)
+            tokenizer = opened.tokenizer_for(recipe, base)
             prepared = prepare.run(
                 recipe.data,
                 recipe.objective.train_on,
                 tokenizer,
                 rt,
                 log.line,
-                spelled=_named_tokens(recipe),
+                spelled=opened.named_tokens(recipe),
             )
-            require_used(prepared, _named_tokens(recipe))
+            require_used(prepared, opened.named_tokens(recipe))
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
             facts = report.fingerprints(
                 prepared, base_fingerprint(base), start.fingerprint() if start else None
@@ -102,8 +99,9 @@ def train(
         total = _total_steps(recipe, prepared)
         with _timed(seconds, "inject"):
             model, method = inject.run(
-                base, recipe.model.dtype, recipe.adapter, prepared, start=start, quantization=_quantization(recipe),
-                packing=recipe.data.packing, total_steps=total, max_length=recipe.data.max_length,
+                base, recipe.model.dtype, recipe.adapter, prepared,
+                start=start, quantization=opened.quantization(recipe), packing=recipe.data.packing,
+                total_steps=total, max_length=recipe.data.max_length,
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
                 batch_size=recipe.train.batch_size, seed=recipe.run.seed,
                 resumed=lambda: method_state(folder, recipe) if goes_on else None, rt=rt, log=log.line,
@@ -132,7 +130,7 @@ def train(
                 merge_with = "lora-train --resume with export.formats=[merged]"
             differences = _export(
                 targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample, merge_with,
-                tokenizer if recipe.chosen_tokens()[1] else None, _chat_template(tokenizer, prepared.tokenizer),
+                tokenizer if recipe.chosen_tokens()[1] else None, opened.chat_template(tokenizer, prepared.tokenizer),
             )  # fmt: skip
 
         summary = report.complete(summary, differences, seconds, rt.device)
@@ -148,17 +146,17 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
     if not recipe.data.holds_out():
         raise InputError("data.eval: no held-out rows to score on (give data.eval=FILE)")
     with _started(recipe) as (rt, log):
-        adapter, base = _locate(target, recipe)
-        tokenizer, _ = _tokenizer_of(adapter, base)
+        adapter, base = opened.locate(target, recipe)
+        tokenizer, _ = opened.tokenizer_of(adapter, base)
         prepared = _held_out(recipe, tokenizer, adapter, rt, log)
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         generated = evaluate_stage.plan(recipe.evaluate, prepared)
         attention = fastest_attention(rt.device, recipe.data.max_length)
-        dtype, quantization = DTYPES[recipe.model.dtype], _quantization(recipe)
+        dtype, quantization = DTYPES[recipe.model.dtype], opened.quantization(recipe)
         model = load_model(
             base, dtype=dtype, device=rt.device, attention=attention, quantization=quantization
         )
-        layers = _load_adapter(adapter, base, model).placed() if adapter is not None else {}
+        layers = opened.load_adapter(adapter, base, model).placed() if adapter is not None else {}
         inject.check_rows_fit(model, prepared, max_generated=generated)
         packs = inject.settle_packing(model, recipe.data.packing, log.line)
         scores = evaluate_stage.run(
@@ -176,8 +174,8 @@ def describe_data(recipe: Recipe, *, show: int = 0, rows: Sequence[str] = ()) ->
     """
     with _started(recipe) as (rt, log):
         folder, config = tokenizer_folder(recipe.model.base, recipe.model.revision)
-        recipe, _ = _settle_start(recipe, None)
-        tokenizer, named = _tokenizer(recipe, folder), _named_tokens(recipe)
+        recipe, _ = opened.settle_start(recipe, None)
+        tokenizer, named = opened.tokenizer_for(recipe, folder), opened.named_tokens(recipe)
         every = (Conversation, Text, Pair, Labelled)
         prepared = prepare.run(
             recipe.data, recipe.objective.train_on, tokenizer, rt, log.line, consumes=every, spelled=named
@@ -204,20 +202,20 @@ def merge(
     """
     output = output.expanduser()
     with _started(recipe) as (rt, log):
-        adapter, base = _locate(target, recipe)
+        adapter, base = opened.locate(target, recipe)
         if adapter is None:
             raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
-        own, has_new = _tokenizer_of(adapter, base)
+        own, has_new = opened.tokenizer_of(adapter, base)
         sample = _held_out_sample(recipe, own, adapter, rt, log) if form == "merged" else []
         model = load_model(
             base,
             dtype=DTYPES[dtype or recipe.model.dtype],
             device=rt.device,
-            quantization=_quantization(recipe),
+            quantization=opened.quantization(recipe),
         )
-        method = _load_adapter(adapter, base, model)
+        method = opened.load_adapter(adapter, base, model)
         tokenizer = with_template(own, recipe.data.template, adapter)
         _, stop_ids = settle_special_tokens(tokenizer, recipe.data.template)
         card = adapter / "README.md"
@@ -228,7 +226,7 @@ def merge(
             merge_with += f" model.base={recipe.model.base}"
         differences = _export(
             {form: output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample, merge_with,
-            own if has_new else None, _chat_template(own, tokenizer),
+            own if has_new else None, opened.chat_template(own, tokenizer),
         )  # fmt: skip
         return {"output": str(output), "max_logit_difference": differences.pop(form), **differences}
 
@@ -236,14 +234,14 @@ def merge(
 def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
     """Return where the adaptation of a run, a PEFT folder or a model went, and whether its ranks fit."""
     with _started(recipe) as (rt, log):
-        adapter, folder = _locate(target, recipe)
+        adapter, folder = opened.locate(target, recipe)
         base = base_folder(recipe.model.base, recipe.model.revision)
         settings = recipe.adapter if RunFolder(target).is_run() else None
         source: Method | PreTrainedModel
         if adapter is not None:
-            dtype, quantization = DTYPES[recipe.model.dtype], _quantization(recipe)
+            dtype, quantization = DTYPES[recipe.model.dtype], opened.quantization(recipe)
             model = load_model(base, dtype=dtype, device=rt.device, quantization=quantization)
-            source = _load_adapter(adapter, base, model)
+            source = opened.load_adapter(adapter, base, model)
         else:
             # Both as the model's files have it: a base in float32 was rounded as well before a bfloat16 run.
             dtype = DTYPES["bfloat16" if check_model_folder(folder).dtypes == ("BF16",) else "float32"]
@@ -253,78 +251,9 @@ def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
         return {"target": str(target), "base": recipe.model.base, "quantize": recipe.quantization(), **found}
 
 
-def _locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
-    """Return the adapter folder, if any, and the folder of the model it stands on."""
-    if not target.is_dir():
-        raise InputError(f"{target}: no such folder (give a run, a PEFT adapter or a model folder)")
-    if RunFolder(target).is_run():
-        target = RunFolder(target).exported()
-    if (target / _peft.CONFIG_FILE).is_file():
-        return target, base_folder(recipe.model.base, recipe.model.revision)
-    return None, base_folder(str(target))
-
-
-def _settle_start(recipe: Recipe, base: Path | None) -> tuple[Recipe, Start | None]:
-    """Return the recipe with what the adapter that it starts from settles, and that adapter; it must fit the base."""
-    name = recipe.init_from()
-    if name is None:
-        return recipe, None
-    folder = RunFolder(Path(name).expanduser()).adapter()
-    start = adapters.open_start(folder, recipe.adapter.method)
-    if base is not None:
-        _require_base_of(folder, base)
-    return recipe.model_copy(update={"adapter": start.settle(recipe.adapter)}), start
-
-
-def _load_adapter(folder: Path, base: Path, model: PreTrainedModel) -> Method:
-    """Inject an adapter; refuse one of ours that was trained on a base with other weights."""
-    _require_base_of(folder, base)
-    return adapters.load(folder, model)
-
-
-def _require_base_of(adapter: Path, base: Path) -> None:
-    manifest = adapter / MANIFEST
-    trained_on = read_json(manifest).get("model.base") if manifest.is_file() else None
-    if trained_on not in (None, base_fingerprint(base)):
-        raise InputError(f"{adapter}: was trained on another base than {base}: config or weights differ")
-
-
-def _tokenizer(recipe: Recipe, base: Path) -> Any:
-    """Return the base's tokenizer with the new tokens of the recipe, which must know all tokens that are trained."""
-    tokenizer = load_tokenizer(base)
-    add_tokens(tokenizer, recipe.chosen_tokens()[1])
-    token_ids(tokenizer, _named_tokens(recipe))
-    return tokenizer
-
-
-def _tokenizer_of(adapter: Path | None, base: Path) -> tuple[Any, bool]:
-    """Return the tokenizer that an adapter was trained with, and whether it knows tokens that the base's does not."""
-    known = load_tokenizer(base)
-    if adapter is None or not (adapter / "tokenizer.json").is_file():
-        return known, False
-    chosen = _peft.read_config(adapter).get("trainable_token_indices")
-    own = load_tokenizer(adapter) if chosen else known
-    return (own, True) if len(own) > len(known) else (known, False)
-
-
-def _named_tokens(recipe: Recipe) -> list[str]:
-    known, new = recipe.chosen_tokens()
-    return [*known, *new]
-
-
-def _quantization(recipe: Recipe) -> Quantization | None:
-    form = recipe.quantization()
-    return None if form == "none" else Quantization(form, recipe.model.double_quant)
-
-
 def _sample(examples: Examples | None) -> list[Example]:
     """Return the rows that a merged model of a quantized base is measured on."""
     return [examples[row] for row in range(min(16, len(examples)))] if examples is not None else []
-
-
-def _chat_template(own: Any, used: Any) -> str | None:
-    """Return the chat template that takes the place of the base's in what is exported; None: the base's own."""
-    return None if used.chat_template == own.chat_template else str(used.chat_template)
 
 
 def _held_out_sample(recipe: Recipe, tokenizer: Any, adapter: Path, rt: Runtime, log: Log) -> list[Example]:
@@ -339,7 +268,7 @@ def _held_out_sample(recipe: Recipe, tokenizer: Any, adapter: Path, rt: Runtime,
 
 
 def _held_out(recipe: Recipe, tokenizer: Any, adapter: Path | None, rt: Runtime, log: Log) -> Prepared:
-    on, spelled = recipe.objective.train_on, _named_tokens(recipe)
+    on, spelled = recipe.objective.train_on, opened.named_tokens(recipe)
     return prepare.run(
         recipe.data, on, tokenizer, rt, log.line, need_train=False, spelled=spelled, adapter=adapter
     )

@@ -5,7 +5,6 @@ Everything wrong is told at once. Hub ids are not contacted here. Nothing is wri
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +14,13 @@ from typing import Literal
 from lora_cli.errors import InputError
 from lora_cli.models.safety import TINY, check_model_folder, check_tokenizer_folder
 from lora_cli.models.weight_files import read_header, read_json
+from lora_cli.paths import check_name, check_writable, expanded, is_path, near_matches
 from lora_cli.recipe.data_block import CHOICES, is_template_file
 from lora_cli.recipe.keys import keys_at
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import nearest_key
 from lora_cli.runtime import lock
 from lora_cli.runtime.run_folder import OURS, RunFolder
-
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 _A = {"adapter": "an adapter", "model": "a model"}
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -103,9 +101,9 @@ def kind_of(target: Path) -> Literal["run", "adapter", "model"]:
     Raises:
         InputError: the folder does not exist, or is none of the three.
     """
-    _check_name(str(target), str(target))
+    check_name(str(target), str(target))
     if not target.exists():
-        raise InputError(f"{target}: no such folder{_near_matches(target)}")
+        raise InputError(f"{target}: no such folder{near_matches(target)}")
     if not target.is_dir():
         raise InputError(f"{target}: is not a folder (give a run, an adapter or a model folder)")
     if RunFolder(target).is_run():
@@ -134,59 +132,13 @@ def _run_all(*checks: Callable[[], str | list[str] | None]) -> list[str]:
     return done
 
 
-def _expanded(place: str, name: str) -> Path:
-    """Return the path with `~` resolved.
-
-    Raises:
-        InputError: it names the home of a user who does not exist.
-    """
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{place}: {name}: {error} (write the path out)") from error
-
-
-def _check_name(place: str, name: str) -> None:
-    """Refuse names that no file can have, or that would break a line of a log."""
-    if any(character in name for character in "\0\n\r"):
-        raise InputError(f"{place!r}: {name!r} holds a NUL or a line break (use a plain name)")
-    if not name.strip():
-        raise InputError(f"{place}: the name is empty (give one)")
-    longest = max(len(os.fsencode(part)) for part in Path(name).parts or (".",))
-    if longest > 255 or len(os.fsencode(name)) > 4000:
-        raise InputError(
-            f"{place}: {name[:40]!r}... has a part of {longest} bytes (at most 255 are possible)"
-        )
-
-
-def _near_matches(path: Path) -> str:
-    """Return ` (did you mean ...?)` with the names in the parent folder that look alike."""
-    parent = path.expanduser().parent
-    try:
-        names = [entry.name for entry in os.scandir(parent)]
-    except OSError:
-        return f" (there is no folder {parent} either)"
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
-    return f" (did you mean {' or '.join(str(path.parent / name) for name in near)}?)" if near else ""
-
-
-def _is_path(name: str) -> bool:
-    """Say whether a name can only be meant as a path, not as a hub id."""
-    return (
-        name.startswith(("./", "../", "/", "~"))
-        or name in (".", "..")
-        or name.count("/") > 1
-        or Path(name).suffix.lower() in DATA_SUFFIXES
-    )
-
-
 def _check_data(recipe: Recipe, split: Literal["train", "eval"]) -> list[str]:
     for key, name in _data_names(recipe, split):
-        _check_name(recipe.at(key), name)
-        if _is_path(name) and not any(mark in name for mark in "*?["):
-            path = _expanded(recipe.at(key), name)
+        check_name(recipe.at(key), name)
+        if is_path(name) and not any(mark in name for mark in "*?["):
+            path = expanded(recipe.at(key), name)
             if not os.path.lexists(path):
-                raise InputError(f"{recipe.at(key)}: {name}: no such file{_near_matches(Path(name))}")
+                raise InputError(f"{recipe.at(key)}: {name}: no such file{near_matches(Path(name))}")
     from lora_cli.data.head import check_head  # imports numpy, which a wrong path need not wait for
 
     try:
@@ -213,11 +165,11 @@ def _placed(recipe: Recipe, line: str) -> str:
 
 def _check_model(recipe: Recipe, *, needs_weights: bool = True) -> str:
     base, place = recipe.model.base, recipe.at("model.base")
-    _check_name(place, base)
-    folder = TINY if base == "tiny" else _expanded(place, base)
+    check_name(place, base)
+    folder = TINY if base == "tiny" else expanded(place, base)
     if not os.path.lexists(folder):
-        if _is_path(base) or not _HUB_ID.fullmatch(base):
-            raise InputError(f"{place}: {base}: no such folder{_near_matches(Path(base))}")
+        if is_path(base) or not _HUB_ID.fullmatch(base):
+            raise InputError(f"{place}: {base}: no such folder{near_matches(Path(base))}")
         return f"model.base: {base}: a hub id, not checked"
     if recipe.model.revision is not None:
         revision = recipe.at("model.revision")
@@ -240,12 +192,12 @@ def _check_start(recipe: Recipe, *, resume: bool | None) -> str | None:
     name, place = recipe.init_from(), recipe.at("adapter.init_from")
     if name is None:
         return None
-    _check_name(place, name)
-    target = _expanded(place, name)
+    check_name(place, name)
+    target = expanded(place, name)
     if not os.path.lexists(target):
         going_on = resume is not False and RunFolder(Path(recipe.run.output).expanduser()).is_run()
         reason = "; a run that began from it needs it to be resumed" if going_on else ""
-        raise InputError(f"{place}: {name}: no such folder{_near_matches(Path(name))}{reason}")
+        raise InputError(f"{place}: {name}: no such folder{near_matches(Path(name))}{reason}")
     folder = RunFolder(target).adapter()
     if folder != target and not folder.is_dir():
         raise InputError(f"{place}: {name}: the run has no adapter/ (finish it, with peft in export.formats)")
@@ -254,7 +206,7 @@ def _check_start(recipe: Recipe, *, resume: bool | None) -> str | None:
             raise InputError(
                 f"{place}: {name}: there is no {file} (give a PEFT adapter's folder, or a run's)"
             )
-    output = _expanded(recipe.at("run.output"), recipe.run.output)
+    output = expanded(recipe.at("run.output"), recipe.run.output)
     if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(output)):
         raise InputError(
             f"{place}: {name} is in run.output, which this run writes (choose another run.output)"
@@ -267,11 +219,11 @@ def _check_template(recipe: Recipe, target: Path | None = None) -> str | None:
     """Check data.template; `target` is the run, adapter or model that is read, None where one is trained."""
     wanted, place = recipe.data.template, recipe.at("data.template")
     if is_template_file(wanted):
-        _check_name(place, wanted)
-        if not os.path.lexists(_expanded(place, wanted)):
+        check_name(place, wanted)
+        if not os.path.lexists(expanded(place, wanted)):
             if target is not None and RunFolder(target).is_run():
                 return None  # the adapter carries it
-            raise InputError(f"{place}: {wanted}: no such file{_near_matches(Path(wanted))}")
+            raise InputError(f"{place}: {wanted}: no such file{near_matches(Path(wanted))}")
     from lora_cli.data.head import has_conversations
     from lora_cli.data.templates import check_template
 
@@ -290,14 +242,14 @@ def _check_template(recipe: Recipe, target: Path | None = None) -> str | None:
 
 def _check_output(recipe: Recipe, *, resume: bool | None, overwrite: bool) -> str | None:
     name, place = recipe.run.output, recipe.at("run.output")
-    _check_name(place, name)
+    check_name(place, name)
     if os.environ.get("RANK", "0") != "0":
         return None  # the first process may have begun to write there
-    folder = _expanded(place, name)
+    folder = expanded(place, name)
     _check_outside_base(place, folder, recipe)
     if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(f"{place}: {name} is not a folder (choose another name)")
-    _check_writable(place, folder)
+    check_writable(place, folder)
     entries = sorted(os.listdir(folder)) if folder.is_dir() else []
     others = [entry for entry in entries if entry not in OURS and not entry.startswith(".")]
     is_run = RunFolder(folder).is_run()
@@ -321,7 +273,7 @@ def _check_output(recipe: Recipe, *, resume: bool | None, overwrite: bool) -> st
 
 def _check_outside_base(place: str, folder: Path, recipe: Recipe) -> None:
     """Refuse to write into the base model: replacing a file that is mapped into memory zeroes the model."""
-    base = TINY if recipe.model.base == "tiny" else _expanded("model.base", recipe.model.base)
+    base = TINY if recipe.model.base == "tiny" else expanded("model.base", recipe.model.base)
     if not base.is_dir():
         return
     try:
@@ -330,17 +282,6 @@ def _check_outside_base(place: str, folder: Path, recipe: Recipe) -> None:
         raise InputError(f"{place}: {folder} is a loop of symbolic links (choose another folder)") from None
     if inside:
         raise InputError(f"{place}: {folder} is in the base model's folder {base} (choose another folder)")
-
-
-def _check_writable(place: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to; the nearest parent that exists decides."""
-    existing = folder.absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"{place}: {existing} is not a folder (choose another one)")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{place}: {existing} is not writable (choose another folder)")
 
 
 def _check_target(target: Path, recipe: Recipe) -> str:
@@ -375,11 +316,11 @@ def _check_exported(target: Path, recipe: Recipe) -> str:
 
 
 def _check_new_folder(target: Path, output: Path, recipe: Recipe) -> str:
-    _check_name("--output", str(output))
+    check_name("--output", str(output))
     _check_outside_base("--output", output, recipe)
     if output.expanduser().resolve().is_relative_to(target.resolve()) and kind_of(target) != "run":
         raise InputError(f"--output: {output} is in the folder that is read (choose another one)")
     if os.path.lexists(output):
         raise InputError(f"--output: {output} exists already (choose another folder or remove it)")
-    _check_writable("--output", output)
+    check_writable("--output", output)
     return f"--output: {output}: new"

@@ -9,15 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,8 +27,7 @@ from lora_cli.data.lines import WHOLE, Part
 from lora_cli.data.read import RawRow, Source
 from lora_cli.data.render import Renderer
 from lora_cli.data.tokens import Encoder, backend_json
-from lora_cli.errors import InputError, LoraError, ResourceError
-from lora_cli.publish import sweep
+from lora_cli.errors import InputError, LoraError
 from lora_cli.recipe.data_block import Data, Fields
 from lora_cli.types import Conversation, Example, Labelled, Pair, Row, Text
 
@@ -238,67 +231,6 @@ def _whole_rows(
         examples = found.get(index, [])
         if len(examples) == len(_conversations(row)):
             yield raw, identity(row), examples
-
-
-_worker: Tokenization | None = None
-"""In a process of the pool: what it tokenizes with."""
-
-
-def _start(
-    data: Data, train_on: str, tokenizer: Any, template: str, spelled: Sequence[str], threads: int
-) -> None:
-    global _worker
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of the terminal; the main one decides
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    _worker = Tokenization(data, train_on, tokenizer, template, spelled)
-
-
-def _serve(task: Task) -> Outcome:
-    assert _worker is not None
-    return _worker.run(task)
-
-
-def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Generator[Outcome, None, None]:
-    """Yield the outcome of each task in order; several at a time where there are several, and cores for them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if len(tasks) < 2 or cores < 2:
-        yield from map(tokenization.run, tasks)
-        return
-    workers = min(cores, len(tasks))
-    one = tokenization
-    settings = (one.data, one.train_on, one.tokenizer, one.template, one.spelled)
-    # Not forked: the tokenizer's threads, and torch's, would not survive it.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start, (*settings, max(1, cores // workers)))
-    try:
-        yield from pool.map(_serve, tasks)
-        pool.shutdown()
-    except BaseException as fault:
-        workers_left = multiprocessing.active_children()
-        for process in workers_left:
-            process.terminate()
-        with suppress(OSError):  # of a broken pool: it closes its pipe from a thread of its own
-            pool.shutdown(cancel_futures=True)
-        for process in workers_left:
-            process.join()
-        sweep(tasks[0].folder.parent)  # what they were writing
-        # Of the same thread comes an OSError without a number, where rows are still handed out.
-        if isinstance(fault, BrokenProcessPool) or (isinstance(fault, OSError) and fault.errno is None):
-            raise ResourceError(
-                "a process that prepared the data was killed, most likely for want of memory (start again: what is done"
-                " is kept; fewer cores need less memory)"
-            ) from fault
-        raise
 
 
 def _without_place(lines: Sequence[str], task: Task) -> list[tuple[int, str]]:

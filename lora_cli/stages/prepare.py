@@ -21,10 +21,11 @@ from lora_cli.data.dataset import CachedPart, Dataset, hold_out, mix, overlap
 from lora_cli.data.faults import Faults
 from lora_cli.data.formats import choose_format
 from lora_cli.data.head import HEAD_ROWS, Origin, origins
+from lora_cli.data.processes import run_all
 from lora_cli.data.read import Source
 from lora_cli.data.render import choose_template, settle_special_tokens
 from lora_cli.data.templates import with_template
-from lora_cli.data.tokenize import Reading, Task, Tokenization, file_state, parts_of, run_all
+from lora_cli.data.tokenize import Reading, Task, Tokenization, file_state, parts_of
 from lora_cli.errors import InputError
 from lora_cli.recipe.schema import Data
 from lora_cli.stages._origin_rows import Job, line, nothing_left, report, too_many

@@ -19,8 +19,9 @@ from lora_cli import adapters, pipeline
 from lora_cli.adapters import Method, _lora_init
 from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.errors import InputError
+from lora_cli.models.load import load_model
 from lora_cli.models.load_quantized import FullWeights
-from lora_cli.models.nf4 import QuantizedLinear
+from lora_cli.models.nf4 import Quantization, QuantizedLinear
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import LoraAdapter
 
@@ -146,9 +147,9 @@ def test_a_merge_takes_the_dequantized_base(
     measured = result["merge_base"]
     assert measured["chosen"] == "dequantized"
     assert measured["dequantized"]["kl"] < 1e-6 < measured["full"]["kl"]
-    live = pipeline.load_model(
+    live = load_model(
         recipe.parents[1] / "base", dtype=torch.float32, device=torch.device("cpu"),
-        quantization=pipeline.Quantization("nf4"),
+        quantization=Quantization("nf4"),
     )  # fmt: skip
     adapters.load(recipe.parent / "run" / "adapter", live)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()

@@ -1,0 +1,88 @@
+"""What a recipe and a target name, opened: adapter and base, tokenizer, the adapter that a run starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lora_cli import adapters
+from lora_cli.adapters import Method, Start, _peft
+from lora_cli.data.chosen_tokens import add_tokens, token_ids
+from lora_cli.errors import InputError
+from lora_cli.models.load import base_fingerprint, base_folder, load_tokenizer
+from lora_cli.models.nf4 import Quantization
+from lora_cli.models.weight_files import read_json
+from lora_cli.publish import MANIFEST
+from lora_cli.recipe.schema import Recipe
+from lora_cli.runtime.run_folder import RunFolder
+
+
+def locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
+    """Return the adapter folder, if any, and the folder of the model it stands on."""
+    if not target.is_dir():
+        raise InputError(f"{target}: no such folder (give a run, a PEFT adapter or a model folder)")
+    if RunFolder(target).is_run():
+        target = RunFolder(target).exported()
+    if (target / _peft.CONFIG_FILE).is_file():
+        return target, base_folder(recipe.model.base, recipe.model.revision)
+    return None, base_folder(str(target))
+
+
+def settle_start(recipe: Recipe, base: Path | None) -> tuple[Recipe, Start | None]:
+    """Return the recipe with what the adapter that it starts from settles, and that adapter; it must fit the base."""
+    name = recipe.init_from()
+    if name is None:
+        return recipe, None
+    folder = RunFolder(Path(name).expanduser()).adapter()
+    start = adapters.open_start(folder, recipe.adapter.method)
+    if base is not None:
+        _require_base_of(folder, base)
+    return recipe.model_copy(update={"adapter": start.settle(recipe.adapter)}), start
+
+
+def load_adapter(folder: Path, base: Path, model: PreTrainedModel) -> Method:
+    """Inject an adapter; refuse one of ours that was trained on a base with other weights."""
+    _require_base_of(folder, base)
+    return adapters.load(folder, model)
+
+
+def _require_base_of(adapter: Path, base: Path) -> None:
+    manifest = adapter / MANIFEST
+    trained_on = read_json(manifest).get("model.base") if manifest.is_file() else None
+    if trained_on not in (None, base_fingerprint(base)):
+        raise InputError(f"{adapter}: was trained on another base than {base}: config or weights differ")
+
+
+def tokenizer_for(recipe: Recipe, base: Path) -> Any:
+    """Return the base's tokenizer with the new tokens of the recipe, which must know all tokens that are trained."""
+    tokenizer = load_tokenizer(base)
+    add_tokens(tokenizer, recipe.chosen_tokens()[1])
+    token_ids(tokenizer, named_tokens(recipe))
+    return tokenizer
+
+
+def tokenizer_of(adapter: Path | None, base: Path) -> tuple[Any, bool]:
+    """Return the tokenizer that an adapter was trained with, and whether it knows tokens that the base's does not."""
+    known = load_tokenizer(base)
+    if adapter is None or not (adapter / "tokenizer.json").is_file():
+        return known, False
+    chosen = _peft.read_config(adapter).get("trainable_token_indices")
+    own = load_tokenizer(adapter) if chosen else known
+    return (own, True) if len(own) > len(known) else (known, False)
+
+
+def named_tokens(recipe: Recipe) -> list[str]:
+    known, new = recipe.chosen_tokens()
+    return [*known, *new]
+
+
+def quantization(recipe: Recipe) -> Quantization | None:
+    form = recipe.quantization()
+    return None if form == "none" else Quantization(form, recipe.model.double_quant)
+
+
+def chat_template(own: Any, used: Any) -> str | None:
+    """Return the chat template that takes the place of the base's in what is exported; None: the base's own."""
+    return None if used.chat_template == own.chat_template else str(used.chat_template)
