@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from prepared_rows import lines_of, places, run, texts, write
 
-from lora_cli.data import tokenize
+from lora_cli.data import processes, tokenize
 from lora_cli.errors import InputError, ResourceError
 
 np = pytest.importorskip("numpy")
@@ -253,7 +253,7 @@ def test_a_pool_that_broke_while_it_was_fed_is_one_line(tmp_path, tokenizer, mon
         def broken(*_: Any, error: OSError = error) -> Iterator[Any]:
             raise error
 
-        monkeypatch.setattr(tokenize.ProcessPoolExecutor, "map", broken)
+        monkeypatch.setattr(processes.ProcessPoolExecutor, "map", broken)
         with pytest.raises(expected) as caught:
             run(tokenizer, train=path)
         assert isinstance(caught.value, ResourceError) is (expected is ResourceError)
