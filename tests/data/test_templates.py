@@ -175,7 +175,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         base_tokenizer(SHAPES[name]).save_pretrained(base)
         folder.mkdir()
         stops = settle_special_tokens(tokenizer, "model")[1]
-        export._add_companions(folder, base, tokenizer.chat_template, stops, "card")
+        export._add_companions(folder, base, None, tokenizer.chat_template, stops, "card")
         found[name] = AutoTokenizer.from_pretrained(folder)
     return found
 
@@ -264,7 +264,7 @@ def test_complaint_3_each_answers_terminator_is_trained_and_stops_generation(nam
     base = tmp_path / "base"
     tokenizer.save_pretrained(base)
     (tmp_path / "adapter").mkdir()
-    export._add_companions(tmp_path / "adapter", base, None, stops, "card")
+    export._add_companions(tmp_path / "adapter", base, None, None, stops, "card")
     written = json.loads((tmp_path / "adapter" / "generation_config.json").read_text())["eos_token_id"]
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
     calling = [
@@ -320,7 +320,7 @@ def test_complaint_22_without_a_change_the_tokenizers_files_are_the_bases(tmp_pa
     base, folder = tmp_path / "base", tmp_path / "adapter"
     tokenizer.save_pretrained(base)
     folder.mkdir()
-    export._add_companions(folder, base, None, (1,), "card")
+    export._add_companions(folder, base, None, None, (1,), "card")
     names = [path.relative_to(base) for path in base.rglob("*") if path.is_file()]
     assert len(names) == 4
     assert all((folder / one).read_bytes() == (base / one).read_bytes() for one in names)
