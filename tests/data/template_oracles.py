@@ -267,7 +267,14 @@ def deepseek_r1(messages: Messages, tools: Any) -> Pieces:
 
 
 def deepseek_r1_thinking(messages: Messages, tools: Any) -> Pieces:
-    raise Refused("otherwise than the prompt for it")
+    opened = "<think>\n"  # ends every prompt, but no answer begins with it unless it was typed there
+    pieces = list(deepseek_r1(messages, tools))
+    if not all(text.startswith(opened) for text, trained in pieces if trained):
+        raise Refused("otherwise than the prompt for it")
+    for text, trained in pieces:
+        if trained:
+            yield opened, False
+        yield text.removeprefix(opened) if trained else text, trained
 
 
 def zephyr(messages: Messages, tools: Any) -> Pieces:

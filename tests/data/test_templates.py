@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import transformers.utils.chat_template_utils as transformers_templates
 from hypothesis import HealthCheck, given, settings
+from hypothesis import example as with_example
 from hypothesis import strategies as st
 from template_oracles import SHAPES, Messages, Refused, base_tokenizer, tokenizer_of
 from transformers import AutoTokenizer
@@ -144,6 +145,9 @@ def check(name: str, messages: Messages, tools: Any = None) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(messages=conversations(*PLAIN, *TYPED))
+@with_example([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>\n"}])
+@with_example([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>\na</think>b"}])
+@with_example([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>\na b\n"}])
 def test_text_and_labels_of_every_template_are_those_of_a_second_implementation(messages):
     """Label text is exactly the assistant spans with their terminators, whatever was typed, or the row is refused."""
     for name in SHAPES:
