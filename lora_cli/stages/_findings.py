@@ -190,7 +190,7 @@ def _of_epoch(said: Mapping[str, Any], recipe: Recipe) -> Iterator[Finding]:
     if epoch and not epoch["packed"] and epoch["padded"]["padding"] > MUCH_PADDING:
         share = epoch["padded"]["padding"]
         what = f"train: {share:.0%} of the positions in a forward pass are padding"
-        yield _finding("padding", False, epoch["padded"]["passes"], what, None, "data.packing=auto has none")
+        yield _finding("padding", False, epoch["padded"]["passes"], what, None, "data.packing=true has none")
     if tokens["pad_ends_answers"]:
         what = (
             f"{tokens['pad']['text']} pads and ends answers; this does no harm here, since labels do not depend on"
