@@ -76,7 +76,8 @@ def test_padding_is_that_of_the_collator(base: Path, tmp_path: Path, batch_size:
     """Steps, passes and padding equal those of the batches that training makes of the first epoch."""
     path = write_rows(tmp_path / "rows.jsonl", rows(50))
     overrides = [f"data.train={path}", f"train.batch_size={batch_size}", f"train.micro_batch_tokens={tokens}"]
-    epoch = describe(base, *overrides, "run.seed=3")["epoch"]
+    assert describe(base, *overrides)["epoch"]["packed"] is None  # on a CPU only where it is asked for
+    epoch = describe(base, *overrides, "run.seed=3", "data.packing=true")["epoch"]
     recipe = load_recipe(None, overrides)
     prepared = prepare.run(
         recipe.data, "assistant", tokenizer_of(base), Runtime(torch.device("cpu")), lambda _: None
