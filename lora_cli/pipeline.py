@@ -77,15 +77,7 @@ def train(
             base = base_folder(recipe.model.base, recipe.model.revision)
             recipe, start = opened.settle_start(recipe, base)
             tokenizer = opened.tokenizer_for(recipe, base)
-            prepared = prepare.run(
-                recipe.data,
-                recipe.objective.train_on,
-                tokenizer,
-                rt,
-                log.line,
-                spelled=opened.named_tokens(recipe),
-            )
-            require_used(prepared, opened.named_tokens(recipe))
+            prepared = _prepare(recipe, tokenizer, rt, log)
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
             facts = report.fingerprints(
                 prepared, base_fingerprint(base), start.fingerprint() if start else None
@@ -265,6 +257,13 @@ def _held_out_sample(recipe: Recipe, tokenizer: Any, adapter: Path, rt: Runtime,
     except InputError as error:
         log.line(f"merge: the held-out rows cannot be read: {error.lines[0]}")
         return []
+
+
+def _prepare(recipe: Recipe, tokenizer: Any, rt: Runtime, log: Log) -> Prepared:
+    on, spelled = recipe.objective.train_on, opened.named_tokens(recipe)
+    prepared = prepare.run(recipe.data, on, tokenizer, rt, log.line, spelled=spelled)
+    require_used(prepared, spelled)
+    return prepared
 
 
 def _held_out(recipe: Recipe, tokenizer: Any, adapter: Path | None, rt: Runtime, log: Log) -> Prepared:

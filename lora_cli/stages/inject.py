@@ -101,14 +101,19 @@ def run(
         + (f" in {len(layers)} layers" if layers else "")
     )
     if layers and experts:
-        log(f"model: {experts:,} of its parameters are experts held in 3-D tensors; they get no adapter")
-        alike = sorted({path.rpartition(".")[2] for path in layers} & _NAMES_OF_EXPERTS)
-        if alike and method.peft_type not in ("ADALORA", "VERA"):
-            log(
-                f"model: on some mixtures PEFT 0.21 takes {', '.join(alike)} for names of the experts, and opens the"
-                " adapter without these layers (export merged besides, or choose targets: attention)"
-            )
+        _tell_of_experts(experts, method, log)
     return AdaptedModel(model, method.placed(), frozen_copy, packs=packs), method
+
+
+def _tell_of_experts(parameters: int, method: Method, log: Callable[[str], None]) -> None:
+    """Say that experts get no adapter, and where PEFT would take adapted layers for theirs."""
+    log(f"model: {parameters:,} of its parameters are experts held in 3-D tensors; they get no adapter")
+    alike = sorted({path.rpartition(".")[2] for path in method.layers} & _NAMES_OF_EXPERTS)
+    if alike and method.peft_type not in ("ADALORA", "VERA"):
+        log(
+            f"model: on some mixtures PEFT 0.21 takes {', '.join(alike)} for names of the experts, and opens the"
+            " adapter without these layers (export merged besides, or choose targets: attention)"
+        )
 
 
 def settle_packing(
