@@ -8,9 +8,10 @@ Tickets: the bundled rows, each method by its own recipe in configs/. GSM8K: the
 the rows of `--gsm8k FOLDER`, 60 steps of 16 rows, scored on the first 200 test rows; answers are generated for 50 of
 them. Both on the bundled `tiny` base.
 
-Scores come first, one run a core. They do not depend on what else the machine does, so finished runs are kept in
-`--results` and are not made again. Then speed and memory, a run at a time with all cores: 3 of 25 steps for each, in
-turn, so that a slow minute does not fall on one of them. A figure is the median, with the smallest and largest behind.
+Scores come first, one run a core; they do not depend on what else the machine does. Then speed and memory, a run at a
+time with all cores: 3 of 25 steps for each, in turn, so that a slow minute does not fall on one of them. Finished runs
+are kept in `--results` and are not made again: an interrupted comparison goes on. A figure is the median, with the
+smallest and largest behind.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,11 +138,10 @@ def speeds(task: str, options: argparse.Namespace, overrides: Sequence[str]) -> 
     found: dict[str, list[Summary]] = {name: [] for name in options.runs}
     settings = ["train.max_steps=25", "evaluate.metrics=[loss]", "data.max_eval_rows=8"]
     kept = [one for one in overrides if not one.startswith(("train.max_steps", "evaluate."))]
-    for _ in range(3):
+    for turn in range(3):
         for name, summaries in found.items():
-            with tempfile.TemporaryDirectory() as folder:
-                everywhere = os.sched_getaffinity(0)
-                summaries.append(train(name, [*kept, *settings], Path(folder) / "run", everywhere))
+            folder = options.results / f"{task}-{name}-speed-{turn}"
+            summaries.append(train(name, [*kept, *settings], folder, os.sched_getaffinity(0)))
     return found
 
 

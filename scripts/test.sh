@@ -6,4 +6,6 @@ bash scripts/setup.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+# One thread a test process: two processes of two threads each would wait for each other.
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" "$@"

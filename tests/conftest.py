@@ -15,6 +15,8 @@ from small import CONFIGS
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["reliability_table"]
+
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
