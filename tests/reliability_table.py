@@ -31,27 +31,42 @@ class Row:
 ROWS = {
     "kills": Row(
         "SIGKILL at a random moment of a real `lora-train`, the same command again: the final adapter has the sha256"
-        " of the run that was never stopped (7 methods)", 14, 140),
+        " of the run that was never stopped (7 methods)",
+        14,
+        140,
+    ),
     "writer": Row(
         "writer failpoint × {kill, ENOSPC, EIO} × {checkpoint, adapter, merged}: every public folder verifies or does"
-        " not exist, the rerun completes", 36, 108),
+        " not exist, the rerun completes",
+        36,
+        108,
+    ),
     "damage": Row(
-        "damaged file (0 bytes, -1 byte, half, missing, swapped, one bit flipped): found before a weight is used", 300, 2000),
+        "damaged file (0 bytes, -1 byte, half, missing, swapped, one bit flipped): found before a weight is used",
+        300,
+        2000,
+    ),
     "twice": Row("the same recipe twice: bit-identical weights and metrics (7 methods)", 7, 21),
     "signals": Row(
-        "SIGINT or SIGTERM in load, tokenization, training, evaluation, save, export: exit 130 or 143, resumable, at most"
-        " one step lost", 10, 50),
+        "SIGINT or SIGTERM in load, tokenization, training, evaluation, save, export: exit 130 or 143, resumable,"
+        " at most one step lost",
+        10,
+        50,
+    ),
     "malformed": Row(
-        "malformed recipe, data, model folder, adapter, path: exit 2, one line a problem, no traceback, under 5 s", 250, 250),
+        "malformed recipe, data, model folder, adapter, path: exit 2, one line a problem, no traceback, under 5 s",
+        250,
+        250,
+    ),
     "fuzzed": Row("fuzzed recipe, row or file header (hypothesis): no traceback, no hang", 200, 10_000),
     "malicious": Row(
-        "malicious artefact × train, eval, merge: nothing of it is run, no socket is opened", 60, 90),
-    "changed": Row("changed key of a recipe, or what it names: the resume is refused by its name", 25, 25),
+        "malicious artefact × train, eval, merge: nothing of it is run, no socket is opened", 60, 90
+    ),
+    "changed": Row("changed key of a recipe, or of what it names: the resume is refused by its name", 25, 25),
     "secrets": Row("planted secret: found in no file and no line of output", 20, 20),
-    "surroundings": Row(
-        "LC_ALL=C, tr_TR.UTF-8, another time zone, a clock moved back: the same bytes", 4, 4),
+    "surroundings": Row("LC_ALL=C, tr_TR.UTF-8, another time zone, a clock moved back: the same bytes", 4, 4),
     "disk": Row("a real full disk (tmpfs): exit 4, what was published stays, the rerun completes", 2, 2),
-}  # fmt: skip
+}
 _COUNTS = pytest.StashKey["defaultdict[str, Counter[str]]"]()
 
 
