@@ -16,7 +16,8 @@ the length sees what the base computed, and no second product with W is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +49,8 @@ class DoraLinear(LoraLinear):
         self.register_buffer("row_squares", self._square_rows(), persistent=False)  # (out,)
         self._known = (base,)  # whose ||W||^2 by row they are; in a tuple so that it is not registered
         self._norm: tuple[object, Tensor] | None = None
+        self.siblings: list[DoraLinear] = [self]
+        """Layers whose norms are computed together: on a GPU each would wait for the device by itself."""
         self.lora_magnitude_vector = nn.Parameter(torch.zeros(self.out_features, device=self.device))
 
     def reset(self, seed: int) -> None:
@@ -58,20 +61,30 @@ class DoraLinear(LoraLinear):
 
     def row_norm(self) -> Tensor:
         """Return ||W + s B A|| of each row, (out,) float32 without a gradient; computed once for each A and B."""
-        a, b = self.lora_A, self.lora_B
+        if not self.norm_is_known():
+            _compute_row_norms([layer for layer in self.siblings if not layer.norm_is_known()])
+        assert self._norm is not None
+        return self._norm[1]
+
+    def norm_is_known(self) -> bool:
+        """Say whether neither A, B nor the base has changed since the norm was computed."""
         if self._known[0] is not self.base:  # an export may put the layer around another base
             self.row_squares, self._known, self._norm = self._square_rows(), (self.base,), None
-        key = (id(a), a._version, id(b), b._version, a.device)
-        if self._norm is None or self._norm[0] != key:
-            self._norm = key, self._compute_row_norm(a.detach().float(), b.detach().float())
-        return self._norm[1]
+        return self._norm is not None and self._norm[0] == self._state()
+
+    def set_norm(self, norm: Tensor) -> None:
+        """Keep the norm of what A and B are now, (out,)."""
+        self._norm = self._state(), norm
+
+    def _state(self) -> object:
+        a, b = self.lora_A, self.lora_B
+        return id(a), a._version, id(b), b._version, a.device
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """Return m / ||W + s B A|| (W x + s B A x) + bias: (..., in), (..., out) -> (..., out)."""
-        # At injection m is the norm, bit for bit, so this is exactly zero and y is returned as it came.
-        excess = self.lora_magnitude_vector / self.row_norm() - 1.0
         h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., r)
-        adapted: Tensor = _Stretch.apply(y, h * self.scale, self.lora_B, excess, self.base.bias)
+        length, norm = self.lora_magnitude_vector, self.row_norm()
+        adapted: Tensor = _Stretch.apply(y, h, self.lora_B, self.scale, length, norm, self.base.bias)
         return adapted
 
     def merged_weight(self) -> Tensor:
@@ -92,7 +105,7 @@ class DoraLinear(LoraLinear):
         length = (self.lora_magnitude_vector / self.row_norm()).detach()[:, None]
         return self.lora_A.detach(), self.lora_B.detach() * (self.scale * length)
 
-    def _row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+    def row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield W in blocks of whole rows, float32."""
         weight = self.base_weight().detach()
         rows = max(1, _BLOCK // self.in_features)
@@ -101,52 +114,89 @@ class DoraLinear(LoraLinear):
 
     @torch.no_grad()
     def _square_rows(self) -> Tensor:
-        return torch.cat([block.square().sum(dim=1) for _, block in self._row_blocks()])
+        return torch.cat([block.square().sum(dim=1) for _, block in self.row_blocks()])
 
-    @torch.no_grad()
-    def _compute_row_norm(self, a: Tensor, b: Tensor) -> Tensor:
-        crossed = torch.cat([block @ a.T for _, block in self._row_blocks()])  # (out, r)
-        terms = torch.addmm(crossed, b, a @ a.T, beta=2 * self.scale, alpha=self.scale**2)
-        squared = self.row_squares + (terms * b).sum(dim=1)
-        cancelled = squared < _CANCELLED * self.row_squares
-        if bool(cancelled.any()):
-            for rows, block in self._row_blocks():
-                here = cancelled[rows]
+    def compute_outright(self, squared: Tensor, chosen: Tensor) -> None:
+        """Overwrite the squared norms (out,) of the `chosen` rows by those of the rows themselves."""
+        if bool(chosen.any()):
+            a, b = self.lora_A.float(), self.lora_B.float()
+            for rows, block in self.row_blocks():
+                here = chosen[rows]
                 exact = block[here] + self.scale * (b[rows][here] @ a)
                 squared[rows][here] = exact.square().sum(dim=1)
-        return squared.clamp(min=_SMALLEST**2).sqrt()
+
+
+@torch.no_grad()
+def _compute_row_norms(layers: Sequence[DoraLinear]) -> None:
+    """Compute the norms of layers, those of one shape together."""
+    groups = defaultdict(list)
+    for layer in layers:
+        groups[(*layer.lora_A.shape, layer.out_features, layer.scale, layer.lora_A.device)].append(layer)
+    squares, doubtful = [], []
+    for (*_, s, _), group in groups.items():
+        a = torch.stack([layer.lora_A.float() for layer in group])  # (L, r, in)
+        b = torch.stack([layer.lora_B.float() for layer in group])  # (L, out, r)
+        terms = torch.stack(
+            [
+                torch.cat([block @ layer.lora_A.float().T for _, block in layer.row_blocks()])
+                for layer in group
+            ]
+        )  # (L, out, r)
+        terms.baddbmm_(b, a @ a.mT, beta=2 * s, alpha=s**2)
+        base = torch.stack([layer.row_squares for layer in group])
+        squares.append(torch.linalg.vecdot(terms, b).add_(base))  # (L, out)
+        doubtful.append(squares[-1] < base * _CANCELLED)
+    any_doubtful = bool(torch.stack([one.any().to(doubtful[0].device) for one in doubtful]).any())
+    for group, squared, cancelled in zip(groups.values(), squares, doubtful, strict=True):
+        if any_doubtful:
+            for layer, own, rows in zip(group, squared, cancelled, strict=True):
+                layer.compute_outright(own, rows)
+        for layer, norm in zip(group, squared.clamp_(min=_SMALLEST**2).sqrt_(), strict=True):
+            layer.set_norm(norm)
 
 
 class _Stretch(torch.autograd.Function):
-    """y + e (y - bias) + (1 + e) B h: (..., out), (..., r), (out, r), (out,), (out,) -> (..., out).
+    """y + e (y - bias) + (1 + e) s B h with e = m / n - 1, n constant: (..., out), (..., r) -> (..., out).
+
+    B is (out, r); m, n and the bias are (out,). At injection m is n bit for bit, so e is zero and y comes back as it
+    is.
 
     By hand, as the plain expression makes seven passes over (..., out), and this three: what scales the update, forward
     and backward, is multiplied into B.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, excess: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(y, h, b, excess, bias)
-        out = torch.addcmul(y, y if bias is None else y - bias, excess.to(y.dtype))
-        scaled = (b * (1.0 + excess)[:, None]).to(y.dtype)
+    def forward(
+        ctx: Any, y: Tensor, h: Tensor, b: Tensor, scale: float, m: Tensor, n: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ratio = m / n
+        excess = (ratio - 1.0).to(y.dtype)
+        scaled = (b * (ratio * scale)[:, None]).to(y.dtype)  # (out, r)
+        ctx.save_for_backward(y, h, b, m, n, bias, excess, scaled)
+        ctx.scale = scale
+        out = torch.addcmul(y, y if bias is None else y - bias, excess)
         out.view(-1, len(b)).addmm_(h.reshape(-1, b.shape[1]), scaled.T)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        y, h, b, excess, bias = ctx.saved_tensors
-        factor, flat = (1.0 + excess)[:, None], grad.reshape(-1, len(b))
-        of_y = torch.addcmul(grad, grad, excess.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        of_h = (flat @ (b * factor).to(grad.dtype)).view_as(h) if ctx.needs_input_grad[1] else None
-        outer = (flat.T @ h.reshape(-1, b.shape[1])).float()  # (out, r)
-        # Sums over the tokens are float32: there may be thousands. The update's part of the sum is already in `outer`.
-        of_excess = (flat * y.reshape(flat.shape)).sum(dim=0, dtype=torch.float32) + (outer * b).sum(dim=1)
+        y, h, b, m, n, bias, excess, scaled = ctx.saved_tensors
+        flat = grad.reshape(-1, len(b))  # (T, out)
+        of_y = torch.addcmul(grad, grad, excess) if ctx.needs_input_grad[0] else None
+        of_h = (flat @ scaled).view_as(h) if ctx.needs_input_grad[1] else None
+        outer = (flat.T @ h.reshape(-1, b.shape[1])).float().mul_(ctx.scale)  # (out, r)
+        of_excess = _sum(flat * y.reshape(flat.shape)).add_(torch.linalg.vecdot(outer, b))
         of_bias = None
         if bias is not None:
-            total = flat.sum(dim=0, dtype=torch.float32)
+            total = _sum(flat)
             of_excess -= bias.float() * total
-            of_bias = (-excess * total).to(bias.dtype)
-        return of_y, of_h, outer * factor, of_excess, of_bias
+            of_bias = (-excess.float() * total).to(bias.dtype)
+        return of_y, of_h, outer.mul_((m / n)[:, None]), None, of_excess.div_(n), None, of_bias
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Return the sum over tokens, (T, out) -> (out,) float32; there may be thousands."""
+    return values.sum(dim=0, dtype=torch.float32)
 
 
 class Dora(Lora):
@@ -170,10 +220,13 @@ class Dora(Lora):
         seed: int = 0,
     ) -> None:
         super().__init__(rank=rank, alpha=alpha, dropout=dropout, targets=targets, seed=seed)
+        self.siblings: list[DoraLinear] = []
 
     def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return a DoraLinear whose A is a function of seed and path, and LoRA's."""
         layer = DoraLinear(base, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
+        self.siblings.append(layer)
+        layer.siblings = self.siblings
         layer.reset(stream_seed(self.seed, "adapter", path))
         return layer
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli import adapters
-from lora_cli.adapters import _peft
+from lora_cli.adapters import _peft, dora
 from lora_cli.adapters._base import BaseLinear
 from lora_cli.adapters.dora import Dora, DoraLinear
 from lora_cli.adapters.lora import Lora
@@ -146,10 +146,8 @@ def test_the_norm_is_computed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> No
     """Forward passes share one norm until A or B changes: by an optimizer's step, by loading, by hand."""
     layer = random_layer()
     calls: list[int] = []
-    compute = DoraLinear._compute_row_norm
-    monkeypatch.setattr(
-        DoraLinear, "_compute_row_norm", lambda self, a, b: calls.append(1) or compute(self, a, b)
-    )
+    compute = dora._compute_row_norms
+    monkeypatch.setattr(dora, "_compute_row_norms", lambda layers: calls.append(1) or compute(layers))
     optimizer = MasterAdamW(dict(layer.named_parameters(recurse=False)))
     state = {name: value.clone() for name, value in optimizer.state_dict().items()}
 
@@ -174,11 +172,37 @@ def test_the_norm_is_computed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(calls) == 5
 
 
+def test_norms_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step the first forward pass computes the norms of all layers, of whatever shape, each as if alone."""
+    model = make_model("llama")
+    method = Dora(rank=4, alpha=6.0, targets="all-linear", seed=1)
+    layers = [layer for layer in method.inject(model).values() if isinstance(layer, DoraLinear)]
+    assert len({layer.base_weight().shape for layer in layers}) > 1
+    calls: list[int] = []
+    compute = dora._compute_row_norms
+    monkeypatch.setattr(dora, "_compute_row_norms", lambda some: calls.append(len(some)) or compute(some))
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_B.normal_(std=0.1)
+        # A row that nearly cancels, in one layer of a group.
+        layers[0].lora_A[1:] = 0.0
+        layers[0].lora_A[0] = layers[0].base_weight()[2]
+        layers[0].lora_B[2, 0] = -0.95 / layers[0].scale
+    model(torch.arange(6)[None])
+    assert calls == [len(layers)]
+    for layer in layers:
+        assert torch.allclose(layer.row_norm().double(), direct_norm(layer), rtol=1e-5, atol=0.0)
+        alone = layer.row_norm().clone()
+        layer.siblings, layer._norm = [layer], None
+        assert torch.allclose(layer.row_norm(), alone, rtol=1e-6, atol=0.0)
+
+
 def test_no_whole_matrix_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither forward nor backward pass asks for the merged matrix, and W is float32 only in blocks of rows."""
     layer = random_layer(nn.Linear(2048, 1500, dtype=torch.bfloat16))
     monkeypatch.setattr(DoraLinear, "merged_weight", None)
-    assert max(block.numel() for _, block in layer._row_blocks()) <= 2**20
+    assert max(block.numel() for _, block in layer.row_blocks()) <= 2**20
     layer(torch.randn(3, 2048, dtype=torch.bfloat16)).sum().backward()
 
 
