@@ -33,6 +33,8 @@ from lora_cli.publish import Staging, sweep, verify
 from lora_cli.types import Example
 
 CACHE_FORMAT = 7
+_WRITTEN_TOGETHER = 512
+"""Rows: written one by one they would take a third of the time that Python needs for a row."""
 
 
 def cache_root() -> Path:
@@ -104,6 +106,7 @@ class CacheWriter:
         # 24 bytes a row; lists of numbers would take 120.
         self._lengths, self._lines, self._identities = array("q"), array("q"), array("Q")
         self._max_token = 0
+        self._rows: list[Example] = []
 
     def __enter__(self) -> Self:
         try:
@@ -117,18 +120,29 @@ class CacheWriter:
 
     def add(self, example: Example, line: int, identity: int) -> None:
         """Append one row; `identity` is equal for equal rows."""
-        try:
-            self._tokens.write(np.ascontiguousarray(example.input_ids, dtype=np.int32).data)
-            self._trained.write(np.ascontiguousarray(example.trained, dtype=np.uint8).data)
-        except OSError as error:
-            raise _write_fault(self._folder, error) from error
+        self._rows.append(example)
         self._lengths.append(len(example.input_ids))
-        self._max_token = max(self._max_token, int(example.input_ids.max(initial=0)))
         self._lines.append(line)
         self._identities.append(identity)
+        if len(self._rows) == _WRITTEN_TOGETHER:
+            self._write()
+
+    def _write(self) -> None:
+        if not self._rows:
+            return
+        tokens = np.concatenate([row.input_ids for row in self._rows]).astype(np.int32, copy=False)
+        trained = np.concatenate([row.trained for row in self._rows]).astype(np.uint8, copy=False)
+        self._max_token = max(self._max_token, int(tokens.max(initial=0)))
+        self._rows.clear()
+        try:
+            self._tokens.write(tokens.data)
+            self._trained.write(trained.data)
+        except OSError as error:
+            raise _write_fault(self._folder, error) from error
 
     def publish(self, extra: Mapping[str, Any]) -> None:
         """Complete the folder and give it its name; `extra` joins the manifest."""
+        self._write()
         try:
             self._tokens.close()
             self._trained.close()

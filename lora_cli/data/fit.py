@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from lora_cli.data.faults import Faults
 from lora_cli.recipe.schema import Data
 from lora_cli.types import Example, SplitCounts
@@ -50,31 +52,33 @@ def fit(examples: Sequence[Example], where: str, data: Data, tally: Tally, fault
     A pair is two examples, which are kept or left out together. With `split` a row can become several.
     """
     tally.rows += 1
-    tally.longest = max(tally.longest, *(len(one.input_ids) for one in examples))
-    targets = sum(int(one.trained.sum()) for one in examples)
+    lengths = [len(one.input_ids) for one in examples]
+    trained = [int(np.count_nonzero(one.trained)) for one in examples]
+    tally.longest = max(tally.longest, *lengths)
     limit = data.max_length
     kept = list(examples)
-    if any(len(one.input_ids) > limit for one in examples):
+    if max(lengths) > limit:
         if data.overlong == "error":
-            length = max(len(one.input_ids) for one in examples)
             faults.add(
-                f"{where}: {length} tokens, data.max_length is {limit} (raise it, or change data.overlong)"
+                f"{where}: {max(lengths)} tokens, data.max_length is {limit} (raise it, or change data.overlong)"
             )
             return []
+        targets = sum(trained)
         if data.overlong == "drop":
             tally.too_long += 1
             tally.lost_trained_tokens += targets
             return []
         kept = [piece for one in examples for piece in _cut(one, limit, data.overlong)]
-        left = sum(int(one.trained.sum()) for one in kept)
-        tally.lost_trained_tokens += targets - left
-        tally.truncated += left > 0
-    if not all(bool(one.trained.any()) for one in kept):
+        lengths = [len(one.input_ids) for one in kept]
+        trained = [int(np.count_nonzero(one.trained)) for one in kept]
+        tally.lost_trained_tokens += targets - sum(trained)
+        tally.truncated += sum(trained) > 0
+    if not all(trained):
         tally.untrained += 1
         return []
     tally.kept += len(kept) if data.overlong == "split" else 1
-    tally.tokens += sum(len(one.input_ids) for one in kept)
-    tally.trained_tokens += sum(int(one.trained.sum()) for one in kept)
+    tally.tokens += sum(lengths)
+    tally.trained_tokens += sum(trained)
     return kept
 
 

@@ -17,6 +17,9 @@ from lora_cli.errors import ResourceError
 from lora_cli.publish import sweep
 from lora_cli.recipe.data_block import Data
 
+CORES = 4
+"""Cores that one process keeps busy: the tokenizer's threads take about four times what Python takes beside them."""
+
 _worker: Tokenization | None = None
 """In a process of the pool: what it tokenizes with."""
 
@@ -48,10 +51,10 @@ def _serve(task: Task) -> Outcome:
 def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Generator[Outcome, None, None]:
     """Yield the outcome of each task in order; several at a time where there are several, and cores for them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if len(tasks) < 2 or cores < 2:
+    workers = min(cores // CORES, len(tasks))
+    if workers < 2:
         yield from map(tokenization.run, tasks)
         return
-    workers = min(cores, len(tasks))
     one = tokenization
     settings = (one.data, one.train_on, one.tokenizer, one.template, one.spelled)
     # Not forked: the tokenizer's threads, and torch's, would not survive it.

@@ -138,16 +138,21 @@ class Renderer:
             return [protect(inner) for inner in value] if isinstance(value, list | tuple) else value
 
         turns = [
-            {"role": turn.role, "content": protect(turn.content), **protect(turn.extra)}
+            {
+                "role": turn.role,
+                "content": protect(turn.content),
+                **(protect(turn.extra) if turn.extra else {}),
+            }
             for turn in row.messages
         ]
         for turn in turns:  # transformers gives templates both names
             if "reasoning_content" in turn:
                 turn["thinking"] = turn["reasoning_content"]
         tools = protect(row.tools)
-        said = [[turn.content, dict(turn.extra)] for turn in row.messages]
-        if broken and _RESERVED.search(json.dumps(said, ensure_ascii=False)):
-            raise InputError("holds control tokens and Unicode noncharacters (remove U+FDD0 to U+FDD2)")
+        if broken:
+            said = [[turn.content, dict(turn.extra)] for turn in row.messages]
+            if _RESERVED.search(json.dumps(said, ensure_ascii=False)):
+                raise InputError("holds control tokens and Unicode noncharacters (remove U+FDD0 to U+FDD2)")
         if tools and self._terminators is not None and not self._terminators.tools:
             raise InputError(
                 "offers functions, which the chat template does not tell the model of (use one that does, or remove"

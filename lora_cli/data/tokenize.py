@@ -38,6 +38,7 @@ PART_BYTES = 32 * 2**20
 _NOTED = ("too_long", "untrained", "truncated")
 """Counts of the tally whose first row is noted."""
 
+_WRITTEN = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
 _KINDS: dict[type[Row], str] = {
     Pair: "preference pairs",
@@ -129,7 +130,7 @@ def identity(row: Row) -> int:
         said = [_said(row.conversation), row.wanted]
     else:
         said = _said(row)
-    text = json.dumps(said, sort_keys=True, ensure_ascii=False)
+    text = _WRITTEN.encode(said)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 

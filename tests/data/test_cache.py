@@ -82,6 +82,7 @@ def test_nothing_is_left_without_publish(tmp_path):
     bad = Example(np.array(["not a token"]), np.array([True]))
     with pytest.raises(ValueError), CacheWriter(tmp_path / "a", "f") as writer:
         writer.add(bad, 1, 2**64 - 1)
+        writer.publish({})
     with CacheWriter(tmp_path / "a", "f") as writer:
         writer.add(examples()[0], 1, 2**64 - 1)
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Each test has its own cache folder, in which no hidden folder may be left."""
+    """Each test has its own cache folder, in which no hidden folder may be left, and a process for each core."""
+    monkeypatch.setattr(processes, "CORES", 1)
     monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache" / "tokens"
     assert not list((tmp_path / "cache" / "tokens").glob(".*"))
@@ -123,11 +124,12 @@ import os, sys
 class Alone:
     def in_main(self, work): work()
 if __name__ == "__main__":
-    from lora_cli.data import tokenize
+    from lora_cli.data import processes, tokenize
     from lora_cli.models.load import load_tokenizer
     from lora_cli.models.safety import TINY
     from lora_cli.recipe.schema import Data
     from lora_cli.stages import prepare
+    processes.CORES = 1
     tokenize.PART_BYTES = int(sys.argv[2])
     if sys.argv[3] == "one": os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     prepare.run(Data(train=sys.argv[1]), "assistant", load_tokenizer(TINY), Alone(), print)
