@@ -37,8 +37,10 @@ STEPS = (
 )
 """In the order of a save."""
 _ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "efbig": errno.EFBIG}
-KINDS = ("kill", "half", *_ERRORS)
-"""kill: SIGKILL to this process. half: the file just written is cut to half, then kill. The others: an OSError."""
+_SIGNALS = {"kill": signal.SIGKILL, "half": signal.SIGKILL, "stop": signal.SIGSTOP}
+KINDS = (*_SIGNALS, *_ERRORS)
+"""kill: SIGKILL to this process. half: the file just written is cut to half, then kill. stop: wait for SIGCONT, so that
+a test can do something to the disk, or send a signal, at this very step. The others: an OSError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,8 @@ def reach(step: str, target: Path, file: Path | None = None) -> None:
         return
     if file is not None and "half" in (point.kind, step.removesuffix("-file")):
         os.truncate(file, file.stat().st_size // 2)
-    number = _ERRORS.get(point.kind)
-    if number is None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if point.kind in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[point.kind])
     else:
+        number = _ERRORS[point.kind]
         raise OSError(number, os.strerror(number), str(file or target))

@@ -105,7 +105,7 @@ def train(
         )
         resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=goes_on, allow=allow)
         recipe_sha256 = folder.recipe_sha256() if rt.is_main else ""  # the others may be on another disk
-        made_of = {"recipe": recipe_sha256, **facts, "versions": report.versions()}
+        made_of: dict[str, Any] = {"recipe": recipe_sha256, **facts, "versions": report.versions()}
         with _timed(seconds, "train"):
             trained = train_stage.run(
                 recipe.train, model, method, objective, prepared, folder.path,

@@ -96,19 +96,28 @@ def _child(order: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def _serve() -> None:
-    from transformers import LlamaForCausalLM, LlamaTokenizerFast  # noqa: F401 - imported here, and not by every child
+def warm() -> None:
+    """Import what every command needs, and run nothing of it."""
+    from transformers import LlamaForCausalLM, LlamaTokenizerFast  # noqa: F401
 
     import lora_cli.pipeline
     import lora_cli.preflight  # noqa: F401
 
-    for line in sys.stdin:
-        order = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            _child(order)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+def start(order: dict[str, Any]) -> int:
+    """Start a command in a process of its own, and return its number."""
+    pid = os.fork()
+    if not pid:
+        _child(order)
+    return pid
+
+
+def ended(pid: int) -> int:
+    """Wait for the end of a process, and return its code."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 if __name__ == "__main__":
-    _serve()
+    warm()
+    for line in sys.stdin:
+        print(ended(start(json.loads(line))), flush=True)

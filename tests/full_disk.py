@@ -1,36 +1,26 @@
 """A real disk that fills up: a tmpfs in a mount namespace of its own, with the real command writing to it.
 
-    unshare -m python tests/full_disk.py FOLDER checkpoint|export
+    unshare -m python tests/full_disk.py FOLDER
 
-Trains on a small disk, fills it when the moment has come, and prints as JSON how the run ended, what it left, and how
-the same command ends when there is room again.
+Trains FOLDER/recipe.yaml on a small disk, stopped where its writer has made the folder of the second checkpoint, fills
+the disk, and lets it go on; then another run, stopped before its export. Prints as JSON how each ended, what it left,
+and how the same command ended when there was room again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from lora_cli.manifest import sha256_of, verify
+from fork_server import ended, start, warm
 
-SIZE = 24 * 2**20
-STEPS, SAVE = 600, 200
-MOMENTS = {"checkpoint": f"step-{SAVE}", "export": f"step-{STEPS}"}
-"""The checkpoint whose appearance is the sign to fill the disk: before the next save, or while it is scored."""
-
-
-def train(recipe: Path, run: Path) -> subprocess.Popen[str]:
-    """Start the real command."""
-    call = "import sys; from lora_cli.cli import train_main; sys.exit(train_main())"
-    return subprocess.Popen(
-        [sys.executable, "-c", call, str(recipe), f"run.output={run}"], stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+SIZE = 8 * 2**20
+TARGETS = {"checkpoint": "step-4", "export": "adapter"}
 
 
 def fill(disk: Path) -> Path:
@@ -46,14 +36,10 @@ def fill(disk: Path) -> Path:
     return path
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until a path is there."""
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.0005)
-
-
 def state_of(run: Path) -> dict[str, Any]:
     """Return what is there under public names, each of which verifies, and what is hidden."""
+    from lora_cli.manifest import verify
+
     folders = [path for path in [*run.glob("checkpoints/step-*"), run / "adapter"] if path.is_dir()]
     for folder in folders:
         verify(folder)
@@ -61,26 +47,33 @@ def state_of(run: Path) -> dict[str, Any]:
     return {"folders": sorted(path.name for path in folders), "hidden": hidden}
 
 
-def main(folder: Path, moment: str) -> dict[str, Any]:
-    """Run the whole story."""
-    disk = folder / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)], check=True)
-    run = disk / "run"
-    process = train(folder / "recipe.yaml", run)
-    wait_for(run / "checkpoints" / MOMENTS[moment], process)
+def story(folder: Path, disk: Path, moment: str) -> dict[str, Any]:
+    """Run the command until the disk is full, and again when it is not."""
+    from lora_cli.manifest import sha256_of
+
+    run = disk / moment
+    failpoint = {"LORA_FAILPOINT": f"folder-made:stop:{TARGETS[moment]}"}
+    order: dict[str, Any] = {"folder": str(folder), "environment": failpoint, "file_bytes": None}
+    order["arguments"] = ["train", str(folder / "recipe.yaml"), f"run.output={run}"]
+    pid = start(order)
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), (folder / "errors").read_text()
     filler = fill(disk)
-    _, errors = process.communicate(timeout=100)
-    told: dict[str, Any] = {"code": process.returncode, "errors": errors, **state_of(run)}
+    os.kill(pid, signal.SIGCONT)
+    told: dict[str, Any] = {"code": ended(pid), "errors": (folder / "errors").read_text(), **state_of(run)}
     filler.unlink()
-    again = train(folder / "recipe.yaml", run)
-    _, errors = again.communicate(timeout=100)
-    told |= {"code again": again.returncode, "errors again": errors, "state again": state_of(run)}
-    if again.returncode == 0:
+    order["environment"] = {}
+    told |= {"code again": ended(start(order)), "errors again": (folder / "errors").read_text()}
+    told["state again"] = state_of(run)
+    if told["code again"] == 0:
         told["sha256"] = sha256_of(run / "adapter" / "adapter_model.safetensors")
     return told
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
-    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))
+    warm()
+    place = Path(sys.argv[1])
+    disk = place / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)], check=True)
+    print(json.dumps({moment: story(place, disk, moment) for moment in TARGETS}))

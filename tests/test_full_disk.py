@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 from command_line import ROOT, run_here
-from full_disk import SAVE, STEPS
-from toy import rows, write_base, write_recipe, write_rows
+from toy import write_base, write_recipe
 
 from lora_cli import disk, pipeline
 from lora_cli.errors import ResourceError
@@ -46,44 +45,41 @@ def mounts(tmp_path_factory: pytest.TempPathFactory) -> None:
         pytest.skip(f"no tmpfs can be mounted: {tried.stderr.strip()}")
 
 
-def story(folder: Path, moment: str) -> dict[str, Any]:
-    """Run tests/full_disk.py in a mount namespace of its own, and return what it says."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "LORA_CLI_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [*NAMESPACE, sys.executable, str(ROOT / "tests" / "full_disk.py"), str(folder), moment]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory, base: Path, mounts: None) -> dict[str, Any]:
+    """Return what tests/full_disk.py tells, and the sha256 of the adapter of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("full")
+    recipe = write_recipe(folder, base, train__max_steps=6, train__save_every=2)
+    environment = {"LORA_CLI_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    done = subprocess.run(
+        [*NAMESPACE, sys.executable, str(ROOT / "tests" / "full_disk.py"), str(folder)],
+        capture_output=True, text=True, env=os.environ | environment, timeout=200, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_CLI_CACHE", str(folder / "cache"))
+        pipeline.train(load_recipe(recipe))
+    undisturbed = sha256_of(folder / "run" / "adapter" / "adapter_model.safetensors")
+    return {**json.loads(done.stdout), "undisturbed": undisturbed}
 
 
 @pytest.mark.reliability("disk")
 @pytest.mark.parametrize("moment", ["checkpoint", "export"])
-def test_a_disk_that_fills_up(
-    tmp_path: Path, base: Path, mounts: None, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
+def test_a_disk_that_fills_up(stories: dict[str, Any], moment: str) -> None:
     """A save, or an export, that does not fit exits 4 with the path and both numbers; the rerun has the same bytes."""
-    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
-    recipe = write_recipe(
-        tmp_path, base, train__max_steps=STEPS, train__save_every=SAVE, train__log_every=1000, train__batch_size=2,
-        data__eval=str(write_rows(tmp_path / "long.jsonl", rows(1500))),
-    )  # fmt: skip
-    told = story(tmp_path, moment)
+    told = stories[moment]
     assert told["code"] == 4, told
     assert len(told["errors"].splitlines()) == 1
-    name = f"step-{2 * SAVE}" if moment == "checkpoint" else "adapter"
+    name = "step-4" if moment == "checkpoint" else "adapter"
     assert f"{name}: cannot be written: the disk is full: " in told["errors"]
-    assert "bytes are free" in told["errors"]
-    kept = [SAVE] if moment == "checkpoint" else [STEPS - SAVE, STEPS]
-    assert told["folders"] == [f"step-{step}" for step in kept]
+    assert "bytes are needed and " in told["errors"]
+    assert " bytes are free" in told["errors"]
+    assert told["folders"] == (["step-2"] if moment == "checkpoint" else ["step-4", "step-6"])
     assert told["hidden"] == []
     assert told["code again"] == 0, told
     assert told["state again"]["hidden"] == []
-    pipeline.train(load_recipe(recipe))
-    assert told["sha256"] == sha256_of(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert told["sha256"] == stories["undisturbed"]
 
 
 @pytest.mark.parametrize("forms", [["peft"], ["merged"], ["peft", "portable"]])

@@ -29,7 +29,7 @@ from lora_cli.models.nf4 import quantized_layers
 from lora_cli.models.tensor_files import disk_errors, require_finite
 from lora_cli.publish import published
 from lora_cli.recipe.schema import Export
-from lora_cli.stages import _lossy, _merge_base
+from lora_cli.stages import _lossy, _merge_base, _space
 from lora_cli.types import Example
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -60,7 +60,7 @@ def run(
     revision: str | None,
     stop_ids: Sequence[int],
     card: str,
-    facts: Mapping[str, str],
+    facts: Mapping[str, Any],
     settings: Export,
     tokenizer: Any | None = None,
     chat_template: str | None = None,
@@ -89,7 +89,8 @@ def run(
     require_expressible(targets, model, method)
     for form, target in sorted(targets.items(), key=lambda item: item[0] == "portable"):
         notes: list[str] = []
-        with published(target, facts=dict(facts)) as staging:
+        needed = _space.export_bytes([form], settings, base, model, method)
+        with published(target, facts=dict(facts), needed=needed) as staging:
             if form == "merged":
                 difference, measured = _export_merged(staging, model, base, settings, sample, log)
                 differences |= measured
