@@ -6,11 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lora_cli import disk
-from lora_cli.adapters import Method, _peft, _portable
+from lora_cli.adapters import Method, _portable
 from lora_cli.errors import ResourceError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.safety import check_model_folder
-from lora_cli.models.tensor_files import bytes_of
 from lora_cli.recipe.schema import Export, Recipe
 from lora_cli.runtime.checkpoint import Checkpoints, expected_bytes, exports_best
 from lora_cli.runtime.run_folder import CHECKPOINTS, RunFolder
@@ -66,7 +65,7 @@ def export_bytes(
 ) -> int:
     """Return about how many bytes these formats take together, tokenizers and cards among them."""
     sizes = {
-        "peft": lambda: bytes_of(_peft.places(method)),
+        "peft": method.disk_bytes,
         "portable": lambda: _portable.expected_bytes(method, settings.portable_rank),
         "merged": lambda: check_model_folder(base).parameters * model.dtype.itemsize,
     }
