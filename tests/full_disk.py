@@ -3,8 +3,8 @@
     unshare -m python tests/full_disk.py FOLDER
 
 Trains FOLDER/recipe.yaml on a small disk, stopped where its writer has made the folder of the second checkpoint, fills
-the disk, and lets it go on; then another run, stopped before its export. Prints as JSON how each ended, what it left,
-and how the same command ended when there was room again.
+the disk, and lets it go on; then another run, stopped before its export; and a third, whose checkpoints become
+read-only. Prints as JSON how each ended, what it left, and how the same command ended when there was room again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from fork_server import ended, start, warm
 
 SIZE = 8 * 2**20
-TARGETS = {"checkpoint": "step-4", "export": "adapter"}
+TARGETS = {"checkpoint": "step-4", "export": "adapter", "read-only": "step-4"}
 
 
 def fill(disk: Path) -> Path:
@@ -34,6 +34,12 @@ def fill(disk: Path) -> Path:
                 except OSError:
                     break
     return path
+
+
+def forbid(folder: Path) -> None:
+    """Make a folder read-only, for root as well, by mounting it over itself."""
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
 
 
 def state_of(run: Path) -> dict[str, Any]:
@@ -58,10 +64,13 @@ def story(folder: Path, disk: Path, moment: str) -> dict[str, Any]:
     pid = start(order)
     _, status = os.waitpid(pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status), (folder / "errors").read_text()
-    filler = fill(disk)
+    filler = forbid(run / "checkpoints") if moment == "read-only" else fill(disk)
     os.kill(pid, signal.SIGCONT)
     told: dict[str, Any] = {"code": ended(pid), "errors": (folder / "errors").read_text(), **state_of(run)}
-    filler.unlink()
+    if filler is None:
+        subprocess.run(["umount", str(run / "checkpoints")], check=True)
+    else:
+        filler.unlink()
     order["environment"] = {}
     told |= {"code again": ended(start(order)), "errors again": (folder / "errors").read_text()}
     told["state again"] = state_of(run)

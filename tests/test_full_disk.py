@@ -82,6 +82,18 @@ def test_a_disk_that_fills_up(stories: dict[str, Any], moment: str) -> None:
     assert told["sha256"] == stories["undisturbed"]
 
 
+def test_a_disk_that_becomes_read_only(stories: dict[str, Any]) -> None:
+    """A save that is not allowed any more exits 4 with the path; the rerun has the same bytes, and nothing is left."""
+    told = stories["read-only"]
+    assert told["code"] == 4, told
+    assert len(told["errors"].splitlines()) == 1
+    assert "step-4: cannot be written: Read-only file system (" in told["errors"]
+    assert told["folders"] == ["step-2"]
+    assert told["code again"] == 0, told
+    assert told["state again"]["hidden"] == []
+    assert told["sha256"] == stories["undisturbed"]
+
+
 @pytest.mark.parametrize("forms", [["peft"], ["merged"], ["peft", "portable"]])
 def test_what_will_not_fit_is_refused_before_the_first_step(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, forms: list[str]

@@ -69,6 +69,14 @@ class RunFolder:
                 return self.path / name
         raise InputError(f"{self.path}: the run has exported nothing yet (finish it with lora-train)")
 
+    def holds(self, name: str) -> bool:
+        """Say whether an export is there with all of its files, in their sizes: a cheap look, see `verify`."""
+        try:
+            verify(self.path / name, contents=False)
+        except InputError:
+            return False
+        return True
+
     def verify(self, export: Path) -> None:
         """Compare an export of this run with its manifest, and the run's recipe with the one it was made by.
 
