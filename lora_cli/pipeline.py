@@ -20,17 +20,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lora_cli import objectives
+from lora_cli import failpoints, objectives
 from lora_cli.adapters import Method
 from lora_cli.data.chosen_tokens import require_used
 from lora_cli.data.render import settle_special_tokens
 from lora_cli.data.templates import with_template
+from lora_cli.data.tokens import backend_json
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import (
     DTYPES,
     base_fingerprint,
-    base_folder,
     fastest_attention,
     load_model,
     tokenizer_folder,
@@ -46,7 +46,7 @@ from lora_cli.runtime.log import Log
 from lora_cli.runtime.resume import begin, find_finished, method_state
 from lora_cli.runtime.run_folder import EXPORTS, RunFolder
 from lora_cli.stages import _opened as opened
-from lora_cli.stages import describe, export, inject, prepare
+from lora_cli.stages import _space, describe, export, inject, prepare
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import inspect as inspect_stage
 from lora_cli.stages import train as train_stage
@@ -74,14 +74,15 @@ def train(
     seconds: dict[str, float] = {}
     with _started(recipe) as (rt, log), folder.lock:
         with _timed(seconds, "prepare"):
-            base = base_folder(recipe.model.base, recipe.model.revision)
+            base = opened.base_of(recipe)
             recipe, start = opened.settle_start(recipe, base)
             tokenizer = opened.tokenizer_for(recipe, base)
             prepared = _prepare(recipe, tokenizer, rt, log)
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
             facts = report.fingerprints(
-                prepared, base_fingerprint(base), start.fingerprint() if start else None
-            )
+                prepared, backend_json(prepared.tokenizer), base_fingerprint(base),
+                start.fingerprint() if start else None,
+            )  # fmt: skip
         finished = None if overwrite else find_finished(folder, recipe, facts, resume=resume is True)
         if finished is not None:
             log.line(f"{folder.path}: finished already, nothing to do (--overwrite trains it again)")
@@ -99,11 +100,16 @@ def train(
                 resumed=lambda: method_state(folder, recipe) if goes_on else None, rt=rt, log=log.line,
             )  # fmt: skip
         export.require_expressible(recipe.export_formats(), model, method)
+        rt.in_main(
+            lambda: _space.require_for_run(recipe, folder, base, model, method, total, goes_on=goes_on)
+        )
         resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=goes_on, allow=allow)
+        recipe_sha256 = folder.recipe_sha256() if rt.is_main else ""  # the others may be on another disk
+        made_of: dict[str, Any] = {"recipe": recipe_sha256, **facts, "versions": report.versions()}
         with _timed(seconds, "train"):
             trained = train_stage.run(
                 recipe.train, model, method, objective, prepared, folder.path,
-                seed=recipe.run.seed, resume_step=resume_step, facts=facts, rt=rt, log=log,
+                seed=recipe.run.seed, resume_step=resume_step, facts=made_of, rt=rt, log=log,
             )  # fmt: skip
         for name in prepared.changed():
             log.line(f"warning: {name}: was changed while the run trained on what it held before")
@@ -121,7 +127,7 @@ def train(
             if "peft" not in targets:
                 merge_with = "lora-train --resume with export.formats=[merged]"
             differences = _export(
-                targets, recipe, base, model, method, prepared.stop_ids, card, rt, log, sample, merge_with,
+                targets, recipe, base, model, method, made_of, prepared.stop_ids, card, rt, log, sample, merge_with,
                 tokenizer if recipe.chosen_tokens()[1] else None, opened.chat_template(tokenizer, prepared.tokenizer),
             )  # fmt: skip
 
@@ -213,11 +219,13 @@ def merge(
         card = adapter / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, {form}\n"
         adapted = AdaptedModel(model, method.placed())
+        _space.require_for_export(form, recipe.export, output, base, adapted, method)
+        made_of = {"model.base": base_fingerprint(base), "versions": report.versions()}
         merge_with = f"lora-merge {target} --output DIR"
         if not RunFolder(target).is_run():
             merge_with += f" model.base={recipe.model.base}"
         differences = _export(
-            {form: output}, recipe, base, adapted, method, stop_ids, text, rt, log, sample, merge_with,
+            {form: output}, recipe, base, adapted, method, made_of, stop_ids, text, rt, log, sample, merge_with,
             own if has_new else None, opened.chat_template(own, tokenizer),
         )  # fmt: skip
         return {"output": str(output), "max_logit_difference": differences.pop(form), **differences}
@@ -227,7 +235,7 @@ def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
     """Return where the adaptation of a run, a PEFT folder or a model went, and whether its ranks fit."""
     with _started(recipe) as (rt, log):
         adapter, folder = opened.locate(target, recipe)
-        base = base_folder(recipe.model.base, recipe.model.revision)
+        base = opened.base_of(recipe)
         settings = recipe.adapter if RunFolder(target).is_run() else None
         source: Method | PreTrainedModel
         if adapter is not None:
@@ -296,6 +304,7 @@ def _export(
     base: Path,
     model: AdaptedModel,
     method: Method,
+    made_of: dict[str, Any],
     stop_ids: Sequence[int],
     card: str,
     rt: Runtime,
@@ -313,13 +322,14 @@ def _export(
     return export.run(
         targets, model, method,
         base=base, base_name=str(base.resolve()) if local else recipe.model.base, revision=recipe.model.revision,
-        stop_ids=stop_ids, card=card, facts={"model.base": base_fingerprint(base)}, settings=recipe.export,
+        stop_ids=stop_ids, card=card, facts=made_of, settings=recipe.export,
         tokenizer=tokenizer, chat_template=chat_template, sample=sample, merge_with=merge_with, log=log.line,
     )  # fmt: skip
 
 
 @contextmanager
 def _started(recipe: Recipe) -> Iterator[tuple[Runtime, Log]]:
+    failpoints.armed()  # a wrong name is told before anything is read
     with resource_faults(), dist.start(recipe.run.device) as rt, Log(speaks=rt.is_main) as log:
         yield rt, log
 

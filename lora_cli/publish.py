@@ -1,30 +1,37 @@
 """Folders that are either complete or not there: the one writer of checkpoints, adapters, models and caches.
 
-    target/              absent
+    target/              absent, or what was published before
     .tmp-target-4711/    files are written here, each flushed to disk, then manifest.json (size and sha256 of each)
+    .old-target-4711/    what stood there, until ours was read back and compared; put back if anything fails
+    .del-target-4711/    what is being deleted: it loses its name first, so that no half of it is ever seen
     target/              appears by one rename
 
-A crash at any moment leaves a hidden folder that `sweep` removes, never a half-written `target`. safetensors does not
-notice damaged content (a flipped bit loads without an error), so `verify` compares every file with the manifest.
+A kill at any moment leaves hidden folders, which `sweep` removes, and a `target` that is whole or absent; where it
+falls between the two renames of a replacement, `sweep` puts the old one back. safetensors does not notice damaged
+content (a flipped bit loads without an error), so `verify` compares every file with the manifest, and the manifest with
+its own checksum. `failpoints.py` names the steps.
 """
 
 from __future__ import annotations
 
 import errno
-import glob
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import InputError
+from lora_cli.disk import writing
+from lora_cli.errors import InputError, ResourceError
+from lora_cli.failpoints import reach
+from lora_cli.manifest import MANIFEST as MANIFEST
+from lora_cli.manifest import sync, write_manifest
+from lora_cli.manifest import verify as verify
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+_HIDDEN = re.compile(r"\.(tmp|old|del)-(.+)-(\d+)", re.DOTALL)
 
 
 class Staging:
@@ -32,129 +39,201 @@ class Staging:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.path = target.parent / f".tmp-{target.name}-{os.getpid()}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sweep(target.parent, glob.escape(target.name))
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir()
+        self.path = _hidden("tmp", target)
+        _make_folder(target.parent)
+        sweep(target.parent, target.name)
+        try:
+            self.path.mkdir()
+            reach("folder-made", target)
+        except BaseException:
+            self.discard()
+            raise
 
-    def publish(self, facts: dict[str, Any]) -> None:
-        """Flush every file, write the manifest with `facts`, and take the target's place, whoever stands there."""
-        _write_manifest(self.path, facts)
-        displaced = self.target.parent / f".old-{self.target.name}-{os.getpid()}"
-        while True:
-            with suppress(FileNotFoundError):
-                os.rename(self.target, displaced)
-            try:
-                os.rename(self.path, self.target)
-                break
-            except OSError as error:
-                # Another process has published the same target since; ours takes its place in the next round.
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                shutil.rmtree(displaced, ignore_errors=True)
-        _sync(self.target.parent)
-        shutil.rmtree(displaced, ignore_errors=True)
+    def publish(self, facts: dict[str, Any], *, replace: bool = True) -> None:
+        """Flush every file, write the manifest with `facts`, take the target's place, and compare all with it.
+
+        What stood there is put back if any of it fails, and deleted only then. `replace`: whoever stands there.
+
+        Raises:
+            InputError: another target has appeared meanwhile, and `replace` is false.
+            ResourceError: what is read back is not what was written.
+        """
+        write_manifest(self.path, self.target, facts)
+        displaced = _hidden("old", self.target)
+        self._take_place(displaced, replace=replace)
+        try:
+            reach("after-rename", self.target)
+            sync(self.target.parent)
+            reach("after-parent-sync", self.target)
+            _compare(self.target)
+        except BaseException:
+            with suppress(OSError):
+                os.rename(self.target, self.path)
+            _put_back(displaced, self.target)
+            raise
+        reach("after-verify", self.target)
+        if os.path.lexists(displaced):
+            reach("during-delete", self.target)
+            _delete(displaced)
 
     def discard(self) -> None:
         """Remove what was written."""
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def _take_place(self, displaced: Path, *, replace: bool) -> None:
+        while True:
+            if replace:
+                with suppress(FileNotFoundError):
+                    os.rename(self.target, displaced)
+            try:
+                reach("before-rename", self.target)
+                os.rename(self.path, self.target)
+                return
+            except OSError as error:
+                # Another process has published the same target since; ours takes its place in the next round.
+                others = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+                if not (others and os.path.lexists(self.target)):
+                    _put_back(displaced, self.target)
+                    raise
+                if not replace:
+                    raise _exists(self.target) from error
+                _delete(displaced)
+            except BaseException:
+                _put_back(displaced, self.target)
+                raise
+
 
 @contextmanager
-def published(target: Path, *, replace: bool = False, facts: dict[str, Any] | None = None) -> Iterator[Path]:
+def published(
+    target: Path, *, replace: bool = False, facts: dict[str, Any] | None = None, needed: int | None = None
+) -> Iterator[Path]:
     """Yield a hidden folder to write into; on a normal exit it becomes `target`, on an exception it is removed.
 
-    `facts` are added to the manifest. With `replace` an existing target gives way in the same moment.
+    `facts` are added to the manifest. With `replace` an existing target gives way in the same moment. `needed` is how
+    many bytes it takes, for the message where there is no room.
 
     Raises:
         InputError: `target` exists and `replace` is false.
+        ResourceError: it cannot be written, or not be read back as it was written.
     """
-    if target.exists() and not replace:
-        raise InputError(f"{target}: exists already (choose another folder or remove it)")
-    staging = Staging(target)
-    try:
-        yield staging.path
-        staging.publish(facts or {})
-    finally:
-        staging.discard()  # nothing is left to discard once it was published
+    if os.path.lexists(target) and not replace:
+        raise _exists(target)
+    with writing(target, needed=needed):
+        staging = Staging(target)
+        try:
+            yield staging.path
+            staging.publish(facts or {}, replace=replace)
+        finally:
+            staging.discard()  # nothing is left to discard once it was published
 
 
-def verify(folder: Path, *, contents: bool = True) -> dict[str, Any]:
-    """Return the manifest of a published folder after comparing every file with it; without `contents` only sizes.
+def remove(target: Path) -> None:
+    """Delete a folder, or file, that was published: it loses its name before any of it is deleted.
 
     Raises:
-        InputError: the manifest is missing or unreadable, or a file is missing or differs from it.
+        ResourceError: it cannot be deleted.
     """
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: {MANIFEST} is missing or unreadable") from error
-    for name, entry in files.items():
-        path = folder / name
-        same = path.is_file() and path.stat().st_size == entry["size"]
-        if not same or (contents and sha256_of(path) != entry["sha256"]):
-            raise InputError(f"{path}: missing or damaged (its size or sha256 differs from {MANIFEST})")
-    return manifest
+    hidden = _hidden("del", target)
+    with writing(target):
+        _delete(hidden)
+        try:
+            os.rename(target, hidden)
+        except FileNotFoundError:
+            return
+        reach("during-delete", target)
+        _delete(hidden)
 
 
-def sweep(parent: Path, target: str = "*") -> list[Path]:
-    """Remove what interrupted writers of `target` (a name, or all) left in `parent`, and return it.
+def sweep(parent: Path, target: str | None = None) -> list[Path]:
+    """Remove what interrupted writers of `target` (a name; None: of all) left in `parent`, and return it.
 
-    Folders of living processes stay.
+    A folder that was displaced, and whose place is empty, gets it back. Folders of living processes stay. What bears
+    this process' own number is an earlier one's, which had the same, where a `target` is named: its writer asks.
     """
     removed = []
-    for pattern in (f".tmp-{target}-*", f".old-{target}-*"):
-        for path in parent.glob(pattern):
-            pid = path.name.rpartition("-")[2]
-            if pid.isdigit() and not _alive(int(pid)):
-                shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+        match = _HIDDEN.fullmatch(path.name)
+        if match is None or target not in (None, match[2]):
+            continue
+        kind, place, pid = match[1], parent / match[2], int(match[3])
+        if kind == "old" and not os.path.lexists(place) and _is_sound(path):
+            _put_back(path, place)
+        elif kind == "del" or not _alive(pid) or (target is not None and pid == os.getpid()):
+            with suppress(OSError):
+                _delete(path)
                 removed.append(path)
     return removed
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON to `path` by one rename, so that a reader never sees half a file."""
-    staging = path.parent / f".tmp-{path.name}-{os.getpid()}"
-    staging.write_text(
-        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    _sync(staging)
-    os.replace(staging, path)
-    _sync(path.parent)
+    """Write `value` as JSON, see `write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8 by one rename, so that a reader never sees half of it, nor a kill leaves half.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    staging = _hidden("tmp", path)
+    with writing(path, needed=len(text.encode())):
+        try:
+            staging.write_text(text, encoding="utf-8")
+            sync(staging)
+            os.replace(staging, path)
+            sync(path.parent)
+        finally:
+            with suppress(OSError):
+                staging.unlink(missing_ok=True)
 
 
-def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    files = {}
-    # safetensors makes its files readable by their owner alone; what is published has the user's usual permissions.
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        path.chmod(0o666 & ~umask)
-        _sync(path)
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-    manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
-    # No line break at the end: a manifest that lost its last byte must not parse.
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
-    _sync(folder / MANIFEST)
-    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _compare(target: Path) -> None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        verify(target)
+    except InputError as error:
+        raise ResourceError(
+            f"{target}: read back it is not what was written: {error} (look at the disk and the memory)"
+        ) from error
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except InputError:
+        return False
+    return True
+
+
+def _put_back(displaced: Path, target: Path) -> None:
+    """Give a displaced folder its place again, where that is empty; another process may have done so."""
+    if not os.path.lexists(target):
+        with suppress(OSError):
+            os.rename(displaced, target)
+
+
+def _hidden(kind: str, target: Path) -> Path:
+    return target.parent / f".{kind}-{target.name}-{os.getpid()}"
+
+
+def _exists(target: Path) -> InputError:
+    return InputError(f"{target}: exists already (choose another folder or remove it)")
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or folder, which may not be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it, whose names are on disk as well when it is."""
+    missing = [one for one in (path, *path.parents) if not one.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        sync(one.parent)
 
 
 def _alive(pid: int) -> bool:
@@ -162,6 +241,6 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         return True
     return True

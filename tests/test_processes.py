@@ -222,14 +222,15 @@ def test_an_unwritable_disk_exits_4(tmp_path: Path, base: Path) -> None:
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "import lora_cli.runtime.checkpoint as c, errno\n"
         "def full(*a, **k): raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "c.save_file = full\n"
+        "c.save_tensors = full\n"
         f"from lora_cli.cli import main; raise SystemExit(main(['train', {str(recipe)!r}]))\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 4, result.stderr
-    assert result.stderr.startswith("error: the disk is full")
+    assert "step-10: cannot be written: the disk is full: " in result.stderr
+    assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "run" / "adapter").exists()
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from command_line import run_here, snapshot
 from safetensors.torch import load_file, save_file
+from sealed import reseal
 from toy import lora, rows, write_base, write_recipe, write_rows
 
 from lora_cli import adapters, pipeline
@@ -158,6 +159,7 @@ def test_a_start_of_another_content_is_not_gone_on_with(
     assert pipeline.train(load_recipe(recipe, [f"adapter.init_from={moved}"]))["status"] == "done"
     tensors = load_file(moved / "adapter_model.safetensors")
     save_file({key: 2 * value for key, value in tensors.items()}, moved / "adapter_model.safetensors")
+    reseal(moved)
     with pytest.raises(InputError, match=r"finished run that differs: adapter\.init_from: another content"):
         pipeline.train(load_recipe(recipe, [f"adapter.init_from={moved}"]))
     (run / "summary.json").unlink()
@@ -179,15 +181,20 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
         tensors = load_file(folder / "adapter_model.safetensors")
         change(tensors)
         save_file(tensors, folder / "adapter_model.safetensors")
+        reseal(folder)
 
     return edit
 
 
-def edit_json(file: str, **values: Any) -> Callable[[Path], object]:
-    """Return an edit of a JSON file of an adapter."""
-    return lambda folder: (folder / file).write_text(
-        json.dumps(json.loads((folder / file).read_text()) | values)
-    )
+def edit_config(**values: Any) -> Callable[[Path], object]:
+    """Return an edit of an adapter's configuration."""
+
+    def edit(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        reseal(folder)
+
+    return edit
 
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -205,8 +212,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "another method": (lambda _: None, ["method=dora"], "adapter.method: the adapter in"),
     "another rank": (lambda _: None, ["rank=8"], "has 4, the recipe 8 (remove the key, or choose another init_from)"),
     "other modules": (lambda _: None, ["targets=mlp"], "adapter.targets: the adapter in"),
-    "another type": (edit_json("adapter_config.json", peft_type="LOKR"), [], "peft_type is 'LOKR'"),
-    "another base": (edit_json("manifest.json", **{"model.base": "0" * 64}), [], "was trained on another base than"),
+    "another type": (edit_config(peft_type="LOKR"), [], "peft_type is 'LOKR'"),
+    "another base": (lambda folder: reseal(folder, **{"model.base": "0" * 64}), [], "was trained on another base than"),
     "missing": (edit_tensors(lambda tensors: tensors.pop(NAME)), [], "missing tensors: 1, first " + NAME),
     "unexpected": (edit_tensors(lambda tensors: tensors.update(x=torch.ones(1))), [], "unexpected tensors: 1, first x"),
     "misshapen": (edit_tensors(lambda tensors: tensors.update({NAME: torch.ones(4, 9)})), [], "has shape (4, 9), but"),

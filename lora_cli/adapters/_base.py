@@ -185,6 +185,12 @@ class Method:
         """Return tensors that belong to no single layer, by their whole PEFT names."""
         return {}
 
+    def disk_bytes(self) -> int:
+        """Return about how many bytes the tensors of PEFT's format take at the end of training."""
+        tensors = [tensor for placed in self.placed().values() for tensor in placed.disk_tensors().values()]
+        tensors += self.shared_disk_tensors().values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Say whether an adapter_config.json is of this method."""

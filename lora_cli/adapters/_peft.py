@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_cli.adapters._base import Method
 from lora_cli.errors import InputError
 from lora_cli.models.nf4 import QuantizedLinear
+from lora_cli.models.tensor_files import save_tensors
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -47,7 +48,12 @@ _NEUTRAL: tuple[object, ...] = (None, False, "none", {}, [])
 
 
 def write(folder: Path, method: Method, *, base_name: str, revision: str | None) -> None:
-    """Write the injected method's config and tensors into an existing folder."""
+    """Write the injected method's config and tensors into an existing folder.
+
+    Raises:
+        DivergedError: a tensor is not finite.
+        OSError: the disk refuses it.
+    """
     config = {
         **method.disk_config(),
         "peft_type": method.peft_type,
@@ -60,12 +66,7 @@ def write(folder: Path, method: Method, *, base_name: str, revision: str | None)
     }
     text = json.dumps(dict(sorted(config.items())), indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    # Cloned, since tied modules share a tensor, which the format does not allow.
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in places(method).items()
-    }
-    save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+    save_tensors(places(method), folder / TENSOR_FILE, metadata={"format": "pt"})
 
 
 def places(method: Method) -> dict[str, Tensor]:

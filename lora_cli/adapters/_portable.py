@@ -124,6 +124,13 @@ def plain_lora(method: Method, rank: int | None = None) -> tuple[PlainLora, dict
     return written, errors
 
 
+def expected_bytes(method: Method, rank: int | None = None) -> int:
+    """Return how many bytes the factors of `plain_lora` take in a file, about: a rank may still grow in training."""
+    widest = max(_width(layer, rank) for layer in method.layers.values())
+    width = max(1, min(widest, rank or widest))
+    return sum(4 * width * (layer.in_features + layer.out_features) for layer in method.layers.values())
+
+
 def _width(layer: AdapterLinear, rank: int | None) -> int:
     """Return the rank that a layer's update has, or for one without factors the rank that it should be given."""
     limit = min(layer.in_features, layer.out_features)

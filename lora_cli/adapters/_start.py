@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from lora_cli.adapters import _peft
 from lora_cli.adapters._base import Method
 from lora_cli.errors import InputError
-from lora_cli.publish import sha256_of
+from lora_cli.manifest import sha256_of
 from lora_cli.recipe.section import Conflict, Section
 
 _ADVICE = "(remove the key, or choose another init_from)"

@@ -170,6 +170,12 @@ class Relora(Method):
         """
         return _portable.plain_lora(self, self.export_rank)
 
+    def disk_bytes(self) -> int:
+        """Return about how many bytes `as_peft` takes: a rank for each cycle of a run of CYCLES, if not fewer."""
+        rank = self.export_rank or CYCLES * self.rank
+        sides = [(layer.in_features, layer.out_features) for layer in self.layers.values()]
+        return sum(4 * min(rank, *side) * sum(side) for side in sides)
+
     def _layers(self) -> dict[str, ReloraLinear]:
         return {path: layer for path, layer in self.layers.items() if isinstance(layer, ReloraLinear)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import typer
 
+from lora_cli import disk
 from lora_cli.errors import LoraError, ResourceError
 
 LOG_NAME = "lora-cli-error.log"
@@ -57,9 +57,8 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
     except Exception as error:  # noqa: BLE001 - where every fault of ours ends; nobody is above
         if isinstance(error, _UsageFault):
             return _report([_usage_line(error, name)], 2)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            line = f"the disk is full: {error.filename or error.strerror} (free some space)"
-            return _report([line], ResourceError.exit_code)
+        if isinstance(error, OSError) and error.errno in disk.NUMBERS:
+            return _report(disk.fault(error).lines, ResourceError.exit_code)
         return _report([_log_fault(error)], 1)
     return code if isinstance(code, int) else 0
 

@@ -15,7 +15,6 @@ uses one; a damaged cache is written again.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -28,8 +27,10 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from lora_cli import disk
 from lora_cli.errors import InputError, ResourceError
-from lora_cli.publish import Staging, sweep, verify
+from lora_cli.manifest import verify
+from lora_cli.publish import Staging, sweep
 from lora_cli.types import Example
 
 CACHE_FORMAT = 7
@@ -97,7 +98,7 @@ class CacheWriter:
 
     Raises:
         InputError: if the cache folder cannot be written.
-        ResourceError: if the disk is full.
+        ResourceError: if the disk is full or failing.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -167,8 +168,13 @@ class CacheWriter:
 
 def _write_fault(folder: Path, error: OSError) -> InputError | ResourceError:
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in disk.FULL:
+        free = f"{reason}, {disk.free_bytes(folder):,} bytes are free"
         return ResourceError(
-            f"{folder.parent}: the token cache does not fit: {reason} (LORA_CLI_CACHE names another)"
+            f"{folder.parent}: the token cache does not fit: {free} (LORA_CLI_CACHE names another)"
+        )
+    if error.errno is None or error.errno in disk.NUMBERS:
+        return ResourceError(
+            f"{folder.parent}: the token cache cannot be written: {reason} (LORA_CLI_CACHE names another)"
         )
     return InputError(f"{folder.parent}: the token cache cannot be written: {reason} (set LORA_CLI_CACHE)")

@@ -4,27 +4,30 @@
       state.json              counts and the best held-out loss; the step is all the randomness there is
       optimizer.safetensors   masters and moments
       method.safetensors      what the adapter method keeps besides
-      manifest.json           size and sha256 of each
+      manifest.json           size and sha256 of each; recipe, data, base, versions
 
-The newest checkpoint is the one with the highest step that verifies, never the one with the latest time.
+The newest checkpoint is the one with the highest step that verifies, never the one with the latest time. An older one
+is deleted only when the newer one stands under its name and was read back.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_cli.errors import InputError
-from lora_cli.publish import published, sweep, verify
+from lora_cli.manifest import verify
+from lora_cli.models.tensor_files import bytes_of, save_tensors
+from lora_cli.publish import published, remove, sweep
 from lora_cli.recipe.schema import Train
+from lora_cli.runtime._moments import SMALLEST
 from lora_cli.runtime.optim import MasterAdamW
 
 _NAME = re.compile(r"step-(\d+)")
@@ -50,6 +53,22 @@ def exports_best(settings: Train) -> bool:
     )
 
 
+def expected_bytes(
+    trainable: Mapping[str, Tensor],
+    method_state: Mapping[str, Tensor],
+    *,
+    eight_bit: bool,
+    keep_masters: bool,
+) -> int:
+    """Return about how many bytes a checkpoint takes: masters, moments, and what the method keeps now."""
+    total = bytes_of(method_state)
+    for tensor in trainable.values():
+        master = 4 if keep_masters else tensor.element_size()
+        moments = 2 if eight_bit and tensor.numel() >= SMALLEST else 8
+        total += tensor.numel() * (master + moments)
+    return total
+
+
 class Checkpoints:
     """The checkpoints of one run; `keep` newest ones stay, and the best one by held-out loss."""
 
@@ -68,32 +87,51 @@ class Checkpoints:
         """Write a checkpoint of `state.step`, then delete all but the newest ones and the best.
 
         Those of later steps go too: the run has continued from before them, as they did not verify.
+
+        Raises:
+            DivergedError: a tensor is not finite.
+            ResourceError: it cannot be written; the checkpoints that there were stay.
         """
         sweep(self.folder)
         target = self.folder / f"step-{state.step}"
-        with published(target, replace=True, facts={"step": state.step, **facts}) as staging:
-            (staging / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-            _save_tensors(optimizer.state_dict(), staging / "optimizer.safetensors")
-            _save_tensors(method_state, staging / "method.safetensors")
+        tensors = optimizer.state_dict()
+        needed = bytes_of(tensors) + bytes_of(method_state)
+        with published(target, replace=True, facts={"step": state.step, **facts}, needed=needed) as staging:
+            text = json.dumps(asdict(state), indent=2, allow_nan=False)
+            (staging / "state.json").write_text(text + "\n", encoding="utf-8")
+            save_tensors(tensors, staging / "optimizer.safetensors")
+            save_tensors(method_state, staging / "method.safetensors")
+        self.prune(state)
+
+    def prune(self, state: State) -> None:
+        """Delete all but the newest ones and the best; a kill right after a save has left one too many.
+
+        Raises:
+            ResourceError: one cannot be deleted.
+        """
         kept = [step for step in self.steps() if step <= state.step][: self.keep]
         for step in self.steps():
             if step not in kept and step != state.best_step:
-                shutil.rmtree(self.folder / f"step-{step}")
+                remove(self.folder / f"step-{step}")
 
     def newest(self, warn: Callable[[str], None]) -> int | None:
-        """Return the step of the newest checkpoint that verifies; a damaged one is reported and passed over."""
+        """Return the step of the newest checkpoint that verifies; a damaged one is reported and passed over.
+
+        First, one that a kill left displaced gets its place back.
+        """
+        sweep(self.folder)
         for step in self.steps():
             try:
                 verify(self.folder / f"step-{step}")
             except InputError as error:
-                warn(f"checkpoint passed over: {error}")
+                warn(f"warning: checkpoint passed over: {error}")
                 continue
             return step
         return None
 
     def facts(self, step: int) -> dict[str, Any]:
-        """Return the manifest of a checkpoint: step, fingerprints of data and base."""
-        return verify(self.folder / f"step-{step}")
+        """Return the manifest of a checkpoint that was verified: step, fingerprints of data and base."""
+        return verify(self.folder / f"step-{step}", contents=False)
 
     def load(self, step: int) -> tuple[State, dict[str, Tensor], dict[str, Tensor]]:
         """Return the state, the optimizer's tensors and the method's.
@@ -110,7 +148,3 @@ class Checkpoints:
         """Return the method's tensors of a checkpoint that was verified."""
         tensors: dict[str, Tensor] = load_file(self.folder / f"step-{step}" / "method.safetensors")
         return tensors
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from lora_cli.errors import ResourceError
+from lora_cli import disk
+from lora_cli.errors import LoraError, ResourceError
 
 
 @contextmanager
@@ -16,6 +16,8 @@ def resource_faults() -> Iterator[None]:
     """Turn what the machine has too little of, memory or disk, into a ResourceError."""
     try:
         yield
+    except LoraError:  # some of them are OSErrors as well
+        raise
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"out of GPU memory: {_first_line(error)} (lower train.micro_batch_tokens)"
@@ -29,9 +31,9 @@ def resource_faults() -> Iterator[None]:
             f"out of memory: {_first_line(error)} (lower train.micro_batch_tokens)"
         ) from error
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in disk.NUMBERS:
             raise
-        raise ResourceError(f"the disk is full: {error.filename or _first_line(error)}") from error
+        raise disk.fault(error) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -16,6 +17,9 @@ from typing import IO, Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from lora_cli.disk import writing
+from lora_cli.publish import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -41,20 +45,31 @@ class Log:
             self.console.print(table)
 
     def open_metrics(self, folder: Path, *, keep_steps: int) -> None:
-        """Open metrics.jsonl for appending after dropping the lines of steps beyond `keep_steps`."""
+        """Open metrics.jsonl for appending after dropping the lines of steps beyond `keep_steps`.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
         if not self.speaks:
             return
         path = folder / METRICS_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= keep_steps] if keep_steps else []
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._metrics = path.open("a", encoding="utf-8")
+        with writing(path):
+            # A disk that filled up, or lost a block, may have left anything in it.
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            kept = [line for line in text.splitlines() if _step_of(line) <= keep_steps] if keep_steps else []
+            write_text(path, "".join(line + "\n" for line in kept))
+            self._metrics = path.open("a", encoding="utf-8")
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
         if self._metrics is not None:
-            self._metrics.write(json.dumps(values) + "\n")
-            self._metrics.flush()
+            with writing(Path(self._metrics.name)):
+                self._metrics.write(json.dumps(values) + "\n")
+                self._metrics.flush()
 
     def start_progress(self, total: int, done: int, unit: str = "step") -> None:
         """Show a progress line, on a terminal."""
@@ -88,8 +103,10 @@ class Log:
         """Close what is open."""
         self.stop_progress()
         if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+            metrics, self._metrics = self._metrics, None
+            # What could not be written is tried again, and fails again; it was told the first time.
+            with suppress(OSError):
+                metrics.close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import time
@@ -18,13 +19,24 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.types import Evaluated, Prepared, Trained
 
 
-def fingerprints(prepared: Prepared, base: str, start: str | None) -> dict[str, str]:
-    """Return what a continued run must find unchanged: splits, base, and the adapter it started from."""
+def fingerprints(prepared: Prepared, tokenizer: str, base: str, start: str | None) -> dict[str, str]:
+    """Return what a continued run must find unchanged: splits, chat template, base, tokenizer, first adapter.
+
+    `tokenizer` is its whole definition; `base` and `start`, the adapter the run starts from, are fingerprints already.
+    """
     splits = {"train": prepared.train, "eval": prepared.eval}
     found = {
         f"data.{split}": examples.fingerprint for split, examples in splits.items() if examples is not None
     }
-    return found | {"model.base": base} | ({} if start is None else {"adapter.init_from": start})
+    found["data.template"] = _sha256(f"{prepared.template} {prepared.tokenizer.chat_template}")
+    found["model.base"] = base
+    found["model.base.tokenizer"] = _sha256(tokenizer)
+    return found | ({} if start is None else {"adapter.init_from": start})
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides a run's bits."""
+    return {name: version(name) for name in ("lora-cli", "torch", "transformers", "safetensors")}
 
 
 def summarize(
@@ -49,7 +61,7 @@ def summarize(
         "eval": asdict(scores),
         "rows": {split: asdict(counts) for split, counts in prepared.counts.items()},
         "fingerprints": facts,
-        "versions": {name: version(name) for name in ("lora-cli", "torch", "transformers", "safetensors")},
+        "versions": versions(),
     }
 
 
@@ -107,6 +119,10 @@ def model_card(summary: dict[str, Any], recipe: Recipe) -> str:
     lines += [f"- {name}: `{fingerprint}`" for name, fingerprint in summary["fingerprints"].items()]
     lines += ["", "## Recipe", "", "```yaml", _public_recipe(recipe).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _public_recipe(recipe: Recipe) -> str:

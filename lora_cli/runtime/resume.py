@@ -63,10 +63,8 @@ def find_finished(
     changes = changed_keys(before.resolved(), recipe.resolved())
     differences = [f"{key}: {change}" for key, change in changes.items() if key not in NOT_COMPARED]
     differences += _other_contents(summary["fingerprints"], facts)
-    missing = [
-        EXPORTS[form] for form in recipe.export_formats() if not (folder.path / EXPORTS[form]).is_dir()
-    ]
-    differences += [f"{name}/ is missing" for name in missing]
+    missing = [EXPORTS[form] for form in recipe.export_formats() if not folder.holds(EXPORTS[form])]
+    differences += [f"{name}/ is missing or damaged" for name in missing]
     if not differences:
         return summary
     if resume:

@@ -7,12 +7,13 @@ summary.json
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import InputError
-from lora_cli.publish import MANIFEST, sweep, write_json
+from lora_cli import disk
+from lora_cli.errors import InputError, LoraError
+from lora_cli.manifest import MANIFEST, sha256_of, verify
+from lora_cli.publish import remove, sweep, write_json, write_text
 from lora_cli.runtime.lock import Lock
 
 RECIPE_FILE = "recipe.yaml"
@@ -68,24 +69,64 @@ class RunFolder:
                 return self.path / name
         raise InputError(f"{self.path}: the run has exported nothing yet (finish it with lora-train)")
 
+    def holds(self, name: str) -> bool:
+        """Say whether an export is there with all of its files, in their sizes: a cheap look, see `verify`."""
+        try:
+            verify(self.path / name, contents=False)
+        except InputError:
+            return False
+        return True
+
+    def verify(self, export: Path) -> None:
+        """Compare an export of this run with its manifest, and the run's recipe with the one it was made by.
+
+        Raises:
+            InputError: a file is damaged or missing.
+        """
+        if verify(export).get("recipe") != self.recipe_sha256():
+            raise InputError(
+                f"{self.path / RECIPE_FILE}: is not the recipe that {export.name}/ was made by (restore it; overrides"
+                " change what is scored or merged)"
+            )
+
+    def recipe_sha256(self) -> str:
+        """Return the sha256 of recipe.yaml, which stands in what the run publishes.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        path = self.path / RECIPE_FILE
+        try:
+            return sha256_of(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
     def begin(self, recipe_text: str, *, fresh: bool) -> None:
         """Make and lock the folder and write the resolved recipe; with `fresh` remove what an earlier run wrote.
 
         Raises:
             InputError: the folder cannot be made or written to, holds an export that is not ours, or is locked.
+            ResourceError: the disk is full or failing.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
+        except LoraError:
+            raise
         except OSError as error:
+            if error.errno in disk.NUMBERS:
+                raise disk.fault(error, self.path) from error
             raise InputError(f"run.output: {self.path}: {error.strerror} (choose another folder)") from error
-        self.lock.take()
         sweep(self.path)
+        # The summary first, by which the run is finished; the recipe, by which it is a run, is there at every moment.
+        self._remove(self.given_up(fresh=fresh))
+        write_text(self.path / RECIPE_FILE, f"{MARK}\n{recipe_text}")
+
+    def given_up(self, *, fresh: bool) -> list[str]:
+        """Return the names of what `begin` removes: what comes after training; with `fresh` all but the recipe."""
         if fresh:
-            self._remove(OURS)
-        else:
-            # What comes after training is written anew; the checkpoints are what a resumed run needs.
-            self._remove((SUMMARY_FILE, "generations.jsonl", *EXPORTS.values()))
-        (self.path / RECIPE_FILE).write_text(f"{MARK}\n{recipe_text}", encoding="utf-8")
+            return [SUMMARY_FILE, *(name for name in OURS if name not in (SUMMARY_FILE, RECIPE_FILE))]
+        return [SUMMARY_FILE, "generations.jsonl", *EXPORTS.values()]
 
     def adapter(self) -> Path:
         """Return where a PEFT adapter is kept in a folder: in `adapter/` of a run, else in the folder itself."""
@@ -96,14 +137,10 @@ class RunFolder:
         """Write summary.json by one rename."""
         write_json(self.path / SUMMARY_FILE, summary)
 
-    def _remove(self, names: tuple[str, ...]) -> None:
+    def _remove(self, names: list[str]) -> None:
+        for path in (self.path / name for name in names):
+            ours = path.name == CHECKPOINTS or (path / MANIFEST).is_file()
+            if path.is_dir() and not path.is_symlink() and not ours:
+                raise InputError(f"{path}: was not written by a run, so it stays (choose another run.output)")
         for name in names:
-            path = self.path / name
-            if path.is_dir() and not path.is_symlink():
-                if name != CHECKPOINTS and not (path / MANIFEST).is_file():
-                    raise InputError(
-                        f"{path}: was not written by a run, so it stays (choose another run.output)"
-                    )
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(self.path / name)

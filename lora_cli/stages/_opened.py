@@ -11,23 +11,45 @@ from lora_cli import adapters
 from lora_cli.adapters import Method, Start, _peft
 from lora_cli.data.chosen_tokens import add_tokens, token_ids
 from lora_cli.errors import InputError
+from lora_cli.manifest import MANIFEST, verify
 from lora_cli.models.load import base_fingerprint, base_folder, load_tokenizer
 from lora_cli.models.nf4 import Quantization
 from lora_cli.models.weight_files import read_json
-from lora_cli.publish import MANIFEST
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime.run_folder import RunFolder
 
 
 def locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
-    """Return the adapter folder, if any, and the folder of the model it stands on."""
+    """Return the adapter folder, if any, and the folder of the model it stands on; both are compared with their
+    manifests, where they have one, as an export of a run must."""
     if not target.is_dir():
         raise InputError(f"{target}: no such folder (give a run, a PEFT adapter or a model folder)")
-    if RunFolder(target).is_run():
-        target = RunFolder(target).exported()
+    run = RunFolder(target)
+    if run.is_run():
+        target = run.exported()
+        run.verify(target)
+    else:
+        _require_sound(target)
     if (target / _peft.CONFIG_FILE).is_file():
-        return target, base_folder(recipe.model.base, recipe.model.revision)
+        return target, base_of(recipe)
     return None, base_folder(str(target))
+
+
+def base_of(recipe: Recipe) -> Path:
+    """Return the folder of the recipe's base, compared with its manifest where it has one.
+
+    Raises:
+        InputError: the base cannot be used, or is damaged.
+    """
+    folder = base_folder(recipe.model.base, recipe.model.revision)
+    _require_sound(folder)
+    return folder
+
+
+def _require_sound(folder: Path) -> None:
+    """Refuse a damaged folder of ours; one from elsewhere has no manifest to be compared with."""
+    if (folder / MANIFEST).is_file():
+        verify(folder)
 
 
 def settle_start(recipe: Recipe, base: Path | None) -> tuple[Recipe, Start | None]:
@@ -35,7 +57,12 @@ def settle_start(recipe: Recipe, base: Path | None) -> tuple[Recipe, Start | Non
     name = recipe.init_from()
     if name is None:
         return recipe, None
-    folder = RunFolder(Path(name).expanduser()).adapter()
+    run = RunFolder(Path(name).expanduser())
+    folder = run.adapter()
+    if run.is_run():
+        run.verify(folder)
+    else:
+        _require_sound(folder)
     start = adapters.open_start(folder, recipe.adapter.method)
     if base is not None:
         _require_base_of(folder, base)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from lora_cli.disk import writing
 from lora_cli.errors import DivergedError, InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives import Objective
@@ -146,8 +147,12 @@ class _Scorer:
         return scores, answers
 
     def write_generations(self, path: Path, base: list[str], tuned: list[str]) -> None:
-        """Write prompt, reference and answers of each generated row as JSON lines."""
-        with path.open("w", encoding="utf-8") as file:
+        """Write prompt, reference and answers of each generated row as JSON lines.
+
+        Raises:
+            ResourceError: they cannot be written.
+        """
+        with writing(path), path.open("w", encoding="utf-8") as file:
             for index, (row, prompt, reference) in enumerate(self.generated):
                 line = {
                     "row": self.examples.where(row),

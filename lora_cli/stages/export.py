@@ -26,9 +26,10 @@ from lora_cli.errors import LoraError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
 from lora_cli.models.nf4 import quantized_layers
+from lora_cli.models.tensor_files import disk_errors, require_finite
 from lora_cli.publish import published
 from lora_cli.recipe.schema import Export
-from lora_cli.stages import _lossy, _merge_base
+from lora_cli.stages import _lossy, _merge_base, _space
 from lora_cli.types import Example
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -59,7 +60,7 @@ def run(
     revision: str | None,
     stop_ids: Sequence[int],
     card: str,
-    facts: Mapping[str, str],
+    facts: Mapping[str, Any],
     settings: Export,
     tokenizer: Any | None = None,
     chat_template: str | None = None,
@@ -80,13 +81,16 @@ def run(
         InputError: a target exists, or a portable adapter cannot hold what was trained.
         GateError: a merged model of a quantized base, or a portable adapter, is farther from the live model than the
             recipe allows; the portable one is written last.
+        DivergedError: a tensor to be written is not finite.
+        ResourceError: a format does not fit on the disk.
         LoraError: what was read back differs from what was meant by more than LIMITS; nothing is published.
     """
     differences: dict[str, Any] = {}
     require_expressible(targets, model, method)
     for form, target in sorted(targets.items(), key=lambda item: item[0] == "portable"):
         notes: list[str] = []
-        with published(target, facts=dict(facts)) as staging:
+        needed = _space.export_bytes([form], settings, base, model, method)
+        with published(target, facts=dict(facts), needed=needed) as staging:
             if form == "merged":
                 difference, measured = _export_merged(staging, model, base, settings, sample, log)
                 differences |= measured
@@ -211,7 +215,9 @@ def _write_merged(
         with _unwrapped(model), _plain_generation(model.model):
             if shared and not _tied(model.model):
                 model.model.config.tie_word_embeddings = False
-            model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+            require_finite(model.model.state_dict())
+            with disk_errors(folder):
+                model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     # Another exact attention rounds differently in bfloat16; it is the weights that are compared here.
     attention = model.model.config._attn_implementation
     reread = load_model(folder, dtype=model.dtype, device=model.device, attention=attention)

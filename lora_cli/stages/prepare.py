@@ -6,7 +6,6 @@ stage with the first five of them named, or are skipped and counted, as the reci
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -27,6 +26,7 @@ from lora_cli.data.render import choose_template, settle_special_tokens
 from lora_cli.data.templates import with_template
 from lora_cli.data.tokenize import Reading, Task, Tokenization, file_state, parts_of
 from lora_cli.errors import InputError
+from lora_cli.publish import remove
 from lora_cli.recipe.schema import Data
 from lora_cli.stages._origin_rows import Job, line, nothing_left, report, too_many
 from lora_cli.types import Conversation, Prepared, Text
@@ -158,7 +158,7 @@ def _ensure(job: Job, tokenization: Tokenization, log: Callable[[str], None]) ->
         _build(job, missing, tokenization)
     except InputError:
         for task in missing:
-            shutil.rmtree(task.folder, ignore_errors=True)
+            remove(task.folder)
         raise
     log(line(job, tokenization, f"{time.monotonic() - began:.1f} s" if missing else "cached"))
 

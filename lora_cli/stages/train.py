@@ -50,6 +50,7 @@ def run(
     checkpoints = Checkpoints(folder / CHECKPOINTS, keep=settings.keep_checkpoints)
     if resume_step is not None:
         step.state = step.restore(checkpoints, resume_step)
+        rt.in_main(lambda: checkpoints.prune(step.state))
     state, total, keep_best = step.state, step.total, exports_best(settings)
 
     def save() -> None:

@@ -143,7 +143,11 @@ def test_merge_hands_over_folder_and_type(
         (DivergedError("loss is nan"), 3, "error: loss is nan\n"),
         (ResourceError("disk"), 4, "error: disk\n"),
         (MemoryError(), 4, "error: out of memory (lower train.micro_batch_tokens)\n"),
-        (OSError(errno.ENOSPC, "full", "x"), 4, "error: the disk is full: x (free some space)\n"),
+        (
+            OSError(errno.EIO, "I/O", "x"),
+            4,
+            "error: x: the disk reports an input/output error (look at the disk, or choose another folder)\n",
+        ),
         (GateError("missed"), 5, "error: missed\n"),
         (Stopped("saved", 15), 143, "error: saved\n"),
         (KeyboardInterrupt(), 130, ""),

@@ -111,7 +111,7 @@ def test_a_bad_export_is_not_published(
 ) -> None:
     """Weights that were written wrong are found by reading them back, and nothing gets the public name."""
     model, method = adapted("llama", "all-linear", torch.float32)
-    module, name = (export._peft, "save_file") if form == "peft" else (PreTrainedModel, "save_pretrained")
+    module, name = (export._peft, "save_tensors") if form == "peft" else (PreTrainedModel, "save_pretrained")
     original = getattr(module, name)
 
     def wrong(*arguments: object, **settings: object) -> None:
