@@ -36,14 +36,16 @@ from lora_cli.models.load import (
     tokenizer_folder,
 )
 from lora_cli.models.safety import check_model_folder
+from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime import dist, order, report
 from lora_cli.runtime.checkpoint import exports_best
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.faults import resource_faults
+from lora_cli.runtime.fingerprints import fingerprints, machine
 from lora_cli.runtime.log import Log
-from lora_cli.runtime.resume import begin, find_finished, method_state
+from lora_cli.runtime.resume import find_finished, find_step, method_state
 from lora_cli.runtime.run_folder import EXPORTS, RunFolder
 from lora_cli.stages import _opened as opened
 from lora_cli.stages import describe, export, inject, prepare
@@ -70,25 +72,26 @@ def train(
         LoraError: see `errors.py`; its exit code says which kind of fault it is.
     """
     folder = RunFolder(Path(recipe.run.output).expanduser())
-    goes_on = folder.is_run() and resume is not False and not overwrite
     seconds: dict[str, float] = {}
     with _started(recipe) as (rt, log), folder.lock:
+        rt.in_main(folder.hold)
+        goes_on = folder.is_run() and resume is not False and not overwrite
         with _timed(seconds, "prepare"):
             base = base_folder(recipe.model.base, recipe.model.revision)
             recipe, start = opened.settle_start(recipe, base)
             tokenizer = opened.tokenizer_for(recipe, base)
             prepared = _prepare(recipe, tokenizer, rt, log)
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
-            facts = report.fingerprints(
-                prepared, base_fingerprint(base), start.fingerprint() if start else None
-            )
+            facts = fingerprints(prepared, base, start.fingerprint() if start else None)
         finished = None if overwrite else find_finished(folder, recipe, facts, resume=resume is True)
         if finished is not None:
             log.line(f"{folder.path}: finished already, nothing to do (--overwrite trains it again)")
             check_gates(gates, finished["eval"]["tuned"])
             return finished
 
-        total = _total_steps(recipe, prepared)
+        total, made_on, step = _total_steps(recipe, prepared), machine(rt), None
+        if goes_on:
+            step = find_step(folder, recipe, facts, made_on, total, log.line, allow=allow)
         with _timed(seconds, "inject"):
             model, method = inject.run(
                 base, recipe.model.dtype, recipe.adapter, prepared,
@@ -96,14 +99,16 @@ def train(
                 total_steps=total, max_length=recipe.data.max_length,
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
                 batch_size=recipe.train.batch_size, seed=recipe.run.seed,
-                resumed=lambda: method_state(folder, recipe) if goes_on else None, rt=rt, log=log.line,
+                resumed=lambda: method_state(folder, recipe, step), rt=rt, log=log.line,
             )  # fmt: skip
         export.require_expressible(recipe.export_formats(), model, method)
-        resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=goes_on, allow=allow)
+        rt.barrier()  # no process may look for a checkpoint after the main one has begun to write
+        rt.in_main(lambda: folder.begin(dump_recipe(recipe), fresh=step is None))
         with _timed(seconds, "train"):
             trained = train_stage.run(
                 recipe.train, model, method, objective, prepared, folder.path,
-                seed=recipe.run.seed, resume_step=resume_step, facts=facts, rt=rt, log=log,
+                seed=recipe.run.seed, resume_step=step, rt=rt, log=log,
+                facts={"recipe": recipe.resolved(), "machine": made_on, **facts},
             )  # fmt: skip
         for name in prepared.changed():
             log.line(f"warning: {name}: was changed while the run trained on what it held before")
@@ -112,7 +117,7 @@ def train(
                 recipe.evaluate, model, objective, prepared, rt=rt, log=log, folder=folder.path
             )
         trainable = sum(parameter.numel() for parameter in method.trainable(model.model).values())
-        summary = report.summarize(recipe.adapter.method, trainable, facts, prepared, trained, scores)
+        summary = report.summarize(recipe, trainable, facts, prepared, trained, scores)
         with _timed(seconds, "export"):
             card = report.model_card(summary, recipe)
             targets = {form: folder.path / EXPORTS[form] for form in recipe.export_formats()}

@@ -109,17 +109,23 @@ def sweep(parent: Path, target: str = "*") -> list[Path]:
         for path in parent.glob(pattern):
             pid = path.name.rpartition("-")[2]
             if pid.isdigit() and not _alive(int(pid)):
-                shutil.rmtree(path, ignore_errors=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
                 removed.append(path)
     return removed
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to `path` by one rename, so that a reader never sees half a file."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` by one rename."""
     staging = path.parent / f".tmp-{path.name}-{os.getpid()}"
-    staging.write_text(
-        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    staging.write_text(text, encoding="utf-8")
     _sync(staging)
     os.replace(staging, path)
     _sync(path.parent)

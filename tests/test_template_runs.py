@@ -85,7 +85,7 @@ def test_the_template_is_part_of_the_datas_fingerprint(tmp_path: Path, base: Pat
         recipe = load_recipe(
             write_recipe(tmp_path / f"job{len(found)}", base, data__template=str(file), train__max_steps=1)
         )
-        found.append(pipeline.train(recipe)["fingerprints"]["data.train"])
+        found.append(pipeline.train(recipe)["fingerprints"]["data.train.tokens"])
     assert found[0] != found[1]
 
 

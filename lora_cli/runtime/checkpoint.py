@@ -83,8 +83,10 @@ class Checkpoints:
     def newest(self, warn: Callable[[str], None]) -> int | None:
         """Return the step of the newest checkpoint that verifies; a damaged one is reported and passed over."""
         for step in self.steps():
+            folder = self.folder / f"step-{step}"
             try:
-                verify(self.folder / f"step-{step}")
+                if verify(folder).get("step") != step:
+                    raise InputError(f"{folder}: is not the checkpoint of step {step}, as its name says")
             except InputError as error:
                 warn(f"checkpoint passed over: {error}")
                 continue
@@ -92,8 +94,8 @@ class Checkpoints:
         return None
 
     def facts(self, step: int) -> dict[str, Any]:
-        """Return the manifest of a checkpoint: step, fingerprints of data and base."""
-        return verify(self.folder / f"step-{step}")
+        """Return the manifest of a checkpoint that was verified: step, recipe, fingerprints, machine."""
+        return verify(self.folder / f"step-{step}", contents=False)
 
     def load(self, step: int) -> tuple[State, dict[str, Tensor], dict[str, Tensor]]:
         """Return the state, the optimizer's tensors and the method's.

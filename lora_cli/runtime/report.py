@@ -18,17 +18,8 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.types import Evaluated, Prepared, Trained
 
 
-def fingerprints(prepared: Prepared, base: str, start: str | None) -> dict[str, str]:
-    """Return what a continued run must find unchanged: splits, base, and the adapter it started from."""
-    splits = {"train": prepared.train, "eval": prepared.eval}
-    found = {
-        f"data.{split}": examples.fingerprint for split, examples in splits.items() if examples is not None
-    }
-    return found | {"model.base": base} | ({} if start is None else {"adapter.init_from": start})
-
-
 def summarize(
-    method: str,
+    recipe: Recipe,
     trainable: int,
     facts: dict[str, str],
     prepared: Prepared,
@@ -38,7 +29,7 @@ def summarize(
     """Return what is known of a run before its export; `trainable` counts the trained parameters."""
     return {
         "status": "exporting",
-        "method": method,
+        "method": recipe.adapter.method,
         "steps": trained.steps,
         "best_step": trained.best_step,
         "stopped_early": trained.stopped_early,
@@ -49,6 +40,7 @@ def summarize(
         "eval": asdict(scores),
         "rows": {split: asdict(counts) for split, counts in prepared.counts.items()},
         "fingerprints": facts,
+        "recipe": recipe.resolved(),
         "versions": {name: version(name) for name in ("lora-cli", "torch", "transformers", "safetensors")},
     }
 
@@ -103,7 +95,7 @@ def model_card(summary: dict[str, Any], recipe: Recipe) -> str:
             for name in scores["tuned"]
         ]
         lines += [""]
-    lines += ["Fingerprints of data (with tokenizer and settings) and base:", ""]
+    lines += ["Fingerprints of what it was made of:", ""]
     lines += [f"- {name}: `{fingerprint}`" for name, fingerprint in summary["fingerprints"].items()]
     lines += ["", "## Recipe", "", "```yaml", _public_recipe(recipe).rstrip(), "```", ""]
     return "\n".join(lines)

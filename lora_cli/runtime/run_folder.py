@@ -7,12 +7,14 @@ summary.json
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import InputError
-from lora_cli.publish import MANIFEST, sweep, write_json
+from lora_cli.publish import MANIFEST, sweep, write_json, write_text
 from lora_cli.runtime.lock import Lock
 
 RECIPE_FILE = "recipe.yaml"
@@ -44,10 +46,11 @@ class RunFolder:
     def finished(self) -> dict[str, Any] | None:
         """Return the summary of a run that was completed here, or None."""
         try:
-            summary: dict[str, Any] = json.loads((self.path / SUMMARY_FILE).read_text(encoding="utf-8"))
+            summary: Any = json.loads((self.path / SUMMARY_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return summary if summary.get("status") == "done" else None
+        sound = isinstance(summary, dict) and summary.keys() >= {"eval", "fingerprints", "recipe"}
+        return summary if sound and summary.get("status") == "done" else None
 
     def is_run(self) -> bool:
         """Say whether a run of ours was begun here."""
@@ -68,24 +71,39 @@ class RunFolder:
                 return self.path / name
         raise InputError(f"{self.path}: the run has exported nothing yet (finish it with lora-train)")
 
+    def hold(self) -> None:
+        """Lock the folder, if there is one: what stands in it must not change between being judged and being used.
+
+        Raises:
+            InputError: another process holds it.
+        """
+        if self.path.is_dir():
+            self.lock.take()
+
     def begin(self, recipe_text: str, *, fresh: bool) -> None:
         """Make and lock the folder and write the resolved recipe; with `fresh` remove what an earlier run wrote.
 
         Raises:
             InputError: the folder cannot be made or written to, holds an export that is not ours, or is locked.
         """
+        judged = self.lock.held
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"run.output: {self.path}: {error.strerror} (choose another folder)") from error
         self.lock.take()
+        if not judged and self.is_run():
+            raise InputError(
+                f"run.output: another process began a run in {self.path} meanwhile (start again)"
+            )
         sweep(self.path)
         if fresh:
-            self._remove(OURS)
+            # The recipe goes last, by the rename below: without it the rest would be taken for another's.
+            self._remove(tuple(name for name in OURS if name != RECIPE_FILE))
         else:
             # What comes after training is written anew; the checkpoints are what a resumed run needs.
             self._remove((SUMMARY_FILE, "generations.jsonl", *EXPORTS.values()))
-        (self.path / RECIPE_FILE).write_text(f"{MARK}\n{recipe_text}", encoding="utf-8")
+        write_text(self.path / RECIPE_FILE, f"{MARK}\n{recipe_text}")
 
     def adapter(self) -> Path:
         """Return where a PEFT adapter is kept in a folder: in `adapter/` of a run, else in the folder itself."""
@@ -100,10 +118,21 @@ class RunFolder:
         for name in names:
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
-                if name != CHECKPOINTS and not (path / MANIFEST).is_file():
+                if not _is_ours(path):
                     raise InputError(
                         f"{path}: was not written by a run, so it stays (choose another run.output)"
                     )
-                shutil.rmtree(path)
+                # First out of sight by one rename: a kill must not leave half of it under its public name.
+                hidden = self.path / f".old-{name}-{os.getpid()}"
+                shutil.rmtree(hidden, ignore_errors=True)
+                path.rename(hidden)
+                shutil.rmtree(hidden)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Say whether a run wrote this folder: an export has a manifest, `checkpoints/` nothing but checkpoints."""
+    if folder.name != CHECKPOINTS:
+        return (folder / MANIFEST).is_file()
+    return all(re.fullmatch(r"step-\d+|\.(tmp|old)-.*", path.name) for path in folder.iterdir())
