@@ -1,7 +1,7 @@
 """`lora-train` in processes that start at once: a server that has imported everything forks one for each command.
 
-Importing torch takes seconds, and most tests of killed runs would be nothing else. What is killed is a real process that
-runs the command's own `main`, with the memory, files and signals of its own.
+Importing torch takes seconds, and most tests of killed runs would be nothing else. What is killed is a real process
+that runs the command's own `main`, with the memory, files and signals of its own.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ForkServer:
         self._pid = 0
 
     def start(self, folder: Path, arguments: Sequence[str], *, clock: float = 0.0, **more: str) -> None:
-        """Begin `lora-train ARGUMENTS`; its clock is `clock` seconds ahead, what it prints goes to OUTPUT in the folder."""
+        """Begin `lora-train ARGUMENTS` with its clock so many seconds ahead; what it prints goes to the folder's OUTPUT."""
         job = {
             "arguments": list(arguments),
             "folder": str(folder),
@@ -87,7 +87,7 @@ class ForkServer:
         self._pid = int(self._line(60) or 0)
 
     def code(self, seconds: float = 120.0) -> int | None:
-        """Return the exit code (the negative number of a signal that ended it); None if it still runs after `seconds`."""
+        """Return the exit code, the negative number of a signal that ended it; None if it still runs after `seconds`."""
         line = self._line(seconds)
         return None if line is None else int(line)
 
@@ -108,10 +108,12 @@ class ForkServer:
         return time.monotonic() - began
 
     def close(self) -> None:
-        """End the server."""
-        assert self._server.stdin is not None
-        self._server.stdin.close()
+        """End the server; it has nothing to finish, and to leave in good order takes torch seconds."""
+        self._server.kill()
         self._server.wait(30)
+        for stream in (self._server.stdin, self._server.stdout):
+            assert stream is not None
+            stream.close()
 
     def _line(self, seconds: float) -> str | None:
         stream = self._server.stdout

@@ -31,7 +31,7 @@ CONTENTS = (
 )
 """What is compared by content: keys, and the tokenizer, which has none of its own."""
 TOKENS = ("data.train.tokens", "data.eval.tokens")
-"""What rows, template, tokenizer and recipe make together; it differs alone where another version reads rows otherwise."""
+"""What rows, template, tokenizer and recipe make together; differs alone where another version reads rows otherwise."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

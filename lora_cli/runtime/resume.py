@@ -35,8 +35,8 @@ MAY_CHANGE = BY_CONTENT | {
     "run.output",
     "run.device",
 }
-"""With more steps the schedule continues as f(step, new total). The other keys do not enter an update (micro-batches do,
-through the draws of a dropout)."""
+"""With more steps the schedule continues as f(step, new total). The other keys do not enter an update (micro-batches
+do, through the draws of a dropout)."""
 
 NOT_COMPARED = BY_CONTENT | {"run.output", "run.device", "train.log_every"}
 """Keys in which a finished run may differ from what is asked for."""

@@ -206,7 +206,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_refuses_a_faulty_adapter(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
-    """`lora-merge` ends with exit 2 and one line that says what was found, and writes nothing."""
+    """`lora-merge` ends with exit 2 and a line for what was found, and writes nothing."""
     model = AutoModelForCausalLM.from_pretrained(base)
     method = Lora(rank=4, alpha=6.0, targets=TARGETS["llama"], seed=1)
     method.inject(model)
@@ -218,7 +218,10 @@ def test_the_command_refuses_a_faulty_adapter(
     arguments = (str(tmp_path / "adapter"), "--output", str(tmp_path / "out"), f"model.base={base}")
     result = run_here(capsys, "merge", *arguments)
     assert result.code == 2
-    (line,) = result.errors.splitlines()
-    assert line.startswith("error: ")
-    assert message in line or (case == "no config" and "neither a run, an adapter nor a model" in line)
+    lines = result.errors.splitlines()
+    assert len(lines) <= 6  # of tensors that do not fit five are named
+    assert all(line.startswith("error: ") for line in lines)
+    assert message in lines[0] or (
+        case == "no config" and "neither a run, an adapter nor a model" in lines[0]
+    )
     assert snapshot(tmp_path) == before
