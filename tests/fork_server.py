@@ -73,7 +73,7 @@ class ForkServer:
         self._pid = 0
 
     def start(self, folder: Path, arguments: Sequence[str], *, clock: float = 0.0, **more: str) -> None:
-        """Begin `lora-train ARGUMENTS` with its clock so many seconds ahead; what it prints goes to the folder's OUTPUT."""
+        """Begin `lora-train ARGUMENTS` in a folder, which gets OUTPUT; its clock is so many seconds ahead."""
         job = {
             "arguments": list(arguments),
             "folder": str(folder),
@@ -87,7 +87,7 @@ class ForkServer:
         self._pid = int(self._line(60) or 0)
 
     def code(self, seconds: float = 120.0) -> int | None:
-        """Return the exit code, the negative number of a signal that ended it; None if it still runs after `seconds`."""
+        """Return the exit code, the negative number of a signal that ended it; None if it runs on after `seconds`."""
         line = self._line(seconds)
         return None if line is None else int(line)
 

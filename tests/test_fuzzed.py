@@ -1,4 +1,4 @@
-"""Whatever a recipe, a row, a file header, a chat template or a command line holds: a result or exit 2, never a traceback.
+"""Whatever a recipe, row, file header, chat template or command line holds: a result or exit 2, never a traceback.
 
 The short form draws the same inputs each time; --full draws others at each run, and says how to repeat what it found.
 """
@@ -43,7 +43,7 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def deadline() -> Iterator[None]:
-    """End what takes SECONDS of the processor, or a minute in all; where Python itself stands still, with the process."""
+    """End what takes SECONDS of the processor, or a minute in all; if Python itself stands still, with the process."""
 
     def stop(number: int, frame: object) -> None:
         raise TooLong(f"more than {SECONDS} s of the processor, or a minute")
@@ -63,7 +63,7 @@ def deadline() -> Iterator[None]:
 
 
 def command(name: str, *arguments: str) -> tuple[int, str]:
-    """Run a command in this process within the deadline; check what every command promises; return code and errors."""
+    """Run a command in this process within the deadline, check what each promises, and return code and errors."""
     out, err = io.StringIO(), io.StringIO()
     with deadline(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = COMMANDS[name](arguments)
@@ -396,10 +396,11 @@ def test_a_chat_template(folder: Path, base: Path, fuzz: Fuzz) -> None:
 
 WORDS = [
     "r.yaml", "model", "train.jsonl", ".", "..", "nothing", "--check", "--resume", "--no-resume", "--overwrite", "--allow",
-    "--min", "--max", "loss=1", "exact_match=x", "--json", "--show", "-1", "3", "--row", "train.jsonl:1", "--html", "x.html",
-    "--strict", "--output", "out", "--dtype", "bfloat16", "--adapter", "portable", "recipe", "show", "explain", "--schema",
-    "train.lr", "train", "eval", "merge", "data", "inspect", "--all", "-h", "--", "-", "", "=", "a=", "model.base=./model",
-    "run.output=/dev/null/x", "data.train=/dev/zero", "data.train=/dev/null", "--version", "\n", "\ud800", "é", "x" * 5000,
+    "--min", "--max", "loss=1", "exact_match=x", "--json", "--show", "-1", "3", "--row", "train.jsonl:1", "--html",
+    "x.html", "--strict", "--output", "out", "--dtype", "bfloat16", "--adapter", "portable", "recipe", "show", "explain",
+    "--schema", "train.lr", "train", "eval", "merge", "data", "inspect", "--all", "-h", "--", "-", "", "=", "a=",
+    "model.base=./model", "run.output=/dev/null/x", "data.train=/dev/zero", "data.train=/dev/null", "--version", "\n", "\ud800",
+    "é", "x" * 5000,
 ]  # fmt: skip
 
 

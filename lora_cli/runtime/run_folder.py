@@ -54,9 +54,12 @@ class RunFolder:
 
     def is_run(self) -> bool:
         """Say whether a run of ours was begun here."""
+        path = self.path / RECIPE_FILE
+        if not path.is_file():  # a pipe would be waited for
+            return False
         try:
-            with (self.path / RECIPE_FILE).open(encoding="utf-8") as file:
-                return file.readline().rstrip("\n") == MARK
+            with path.open(encoding="utf-8") as file:
+                return file.readline(len(MARK) + 1).rstrip("\n") == MARK
         except (OSError, ValueError):
             return False
 

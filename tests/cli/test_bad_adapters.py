@@ -108,7 +108,8 @@ BAD: dict[str, tuple[tuple[str, ...], Callable[[Path], object], str]] = {
     "header of 2^62 bytes": (MERGE, write(WEIGHTS, (2**62).to_bytes(8, "little") + b"{}"), WEIGHTS),
     "a layer missing": (SCORE, tensors(_without_layer_1), "missing tensors"),
     "a layer too many": (
-        START, tensors(lambda content: content.update({min(content).replace("layers.0", "layers.9"): torch.ones(4, 32)})),
+        START,
+        tensors(lambda content: content.update({min(content).replace("layers.0", "layers.9"): torch.ones(4, 32)})),
         "unexpected tensors",
     ),
     "A too narrow": (MERGE, tensors(_narrow("lora_A")), "the layer needs"),
@@ -127,9 +128,13 @@ BAD: dict[str, tuple[tuple[str, ...], Callable[[Path], object], str]] = {
     "no base": ((*MERGE[:-2], "model.base=./nowhere"), _nothing, "model.base: ./nowhere: no such folder"),
     "no base named": (MERGE[:-2], _nothing, "say what it adapts: model.base=..."),
     "output there": (MERGE, _occupied, "out exists already"),
-    "output in the base": (("merge", "adapter", "--output", "base/out", *MERGE[-2:]), _nothing, "in the base model's folder"),
+    "output in the base": (
+        ("merge", "adapter", "--output", "base/out", *MERGE[-2:]), _nothing, "in the base model's folder"
+    ),
     "output in the adapter": (("merge", "adapter", "--output", "adapter/out", *MERGE[-2:]), _nothing, "that is read"),
-    "output below a file": (("merge", "adapter", "--output", "recipe.yaml/out", *MERGE[-2:]), _nothing, "is not a folder"),
+    "output below a file": (
+        ("merge", "adapter", "--output", "recipe.yaml/out", *MERGE[-2:]), _nothing, "is not a folder"
+    ),
     "nothing to merge": (("merge", "base", "--output", "out"), _nothing, "has no adapter to merge"),
     "a portable one of a model": (("merge", "base", "--output", "out", "--adapter", "portable"), _nothing, "adapter"),
 }  # fmt: skip
