@@ -113,7 +113,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     # Chat templates that cannot be rendered, or do harm
     "a template that reads classes": (template("{{ ''.__class__.__mro__ }}"), "no template may"),
     "a template without end": (
-        template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"), "does not end within"
+        template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+        "does not end within",
     ),
     "a template of a gigabyte": (template("{{ 'x' * 10**9 }}{{ 'y' * 10**9 }}"), "memory"),
     "a template that is none": (template("{% for m in messages %}"), "chat template fails"),

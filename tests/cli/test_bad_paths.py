@@ -1,4 +1,4 @@
-"""Paths that are not what is wanted there: pipes, devices, loops of links, folders of the kernel. Exit 2, no waiting."""
+"""Pipes, devices, loops of links and folders of the kernel in the place of files: exit 2, and no waiting."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ BAD: dict[str, tuple[tuple[str, ...], Callable[[Path], object], str]] = {
     "a target in a pipe": (("eval", "r"), pipe("r/recipe.yaml"), "neither a run, an adapter nor a model"),
     "a target in a loop": (("eval", "loop"), loop, "loop"),
     "an adapter in a pipe": (
-        ("merge", "a", "--output", "out", "model.base=./base"), pipe("a/adapter_config.json"), "neither a run, an adapter"
+        ("merge", "a", "--output", "out", "model.base=./base"),
+        pipe("a/adapter_config.json"),
+        "neither a run, an adapter",
     ),
     "a page of the kernel's": (("lora", "data", "r.yaml", "--html", "/proc/x/x.html"), _nothing, "--html"),
     "a merge in a loop": (("merge", "base", "--output", "loop/x"), loop, "loop"),
