@@ -239,7 +239,7 @@ def spoilt(value: Any, edits: list[tuple[int, Any]]) -> Any:
         inner = value
         for key in way:
             inner = inner[key]
-        inner[last] = other
+        inner[last] = json.loads(json.dumps(other))  # a copy: the same one may be put into itself
     return value
 
 

@@ -78,7 +78,7 @@ class ChatTemplate:
                     f"{name}:{error.lineno}: the chat template fails: {describe(error)} (correct it, or use another"
                     " data.template)"
                 ) from error
-            except (RecursionError, ValueError, TypeError) as error:
+            except (RecursionError, ValueError, TypeError, SyntaxError) as error:
                 raise InputError(f"{name}: the chat template cannot be read: {describe(error)}") from error
 
     def render(
