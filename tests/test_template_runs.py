@@ -95,6 +95,7 @@ TEMPLATES = {
     "subclasses": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "reads '__class__' of a str"),
     "attr": ("{{ ''|attr('__class__') }}", "reads '__class__' of a str"),
     "syntax": ("a\n{% for m in messages %}", "my.jinja:2: the chat template fails: Unexpected end"),
+    "a faulty call": ("{{ cycler() }}", "the chat template fails: at least one item has to be provided"),
     "break outside": ("{% break %}", "my.jinja: the chat template cannot be read: 'break' outside loop"),
     "unknown filter": ("{{ messages|nope }}", "my.jinja:1: the chat template fails: No filter named 'nope'"),
     "no turns": ("hello", "does not write the turns in order"),

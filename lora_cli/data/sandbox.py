@@ -38,7 +38,7 @@ Chat = list[dict[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
 TEMPLATE_ERRORS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
+    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError,
 )  # fmt: skip
 """What a template can raise while it is rendered: Jinja's own errors, and Python's from its expressions."""
 

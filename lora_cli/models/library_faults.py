@@ -1,4 +1,4 @@
-"""What transformers and tokenizers raise for files that they cannot use, as one line that names the folder."""
+"""What transformers, tokenizers and safetensors raise for files they cannot use, as one line that names the folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from lora_cli.errors import InputError
 
 _FAULTS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError,
-    StrictDataclassError,
+    StrictDataclassError, SafetensorError,
 )  # fmt: skip
 
 

@@ -83,6 +83,11 @@ def _a_loop_of_links(folder: Path) -> None:
     folder.symlink_to("model")
 
 
+def _of_unknown_numbers(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content.replace(b'"F32"', b'"F99"', 1))
+
+
 def _unreadable_weights(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     os.mkfifo(folder / WEIGHTS)
@@ -122,6 +127,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a template that writes nothing": (template("{# nothing #}"), "template"),
     "a template without the answer": (template("{{ messages[0].content }}"), "template"),
     # Folders
+    "an unknown kind of numbers": (_of_unknown_numbers, "F99"),
     "empty": (_empty, "config.json"),
     "a loop of links": (_a_loop_of_links, "model"),
     "weights that are a pipe": (_unreadable_weights, "model.safetensors"),
