@@ -68,6 +68,7 @@ BAD: dict[str, tuple[tuple[str, ...], Callable[[Path], object], str]] = {
     "an output below a loop": ((*TRAIN, "run.output=loop/x"), loop, "is a loop of symbolic links"),
     "an output that is a device": ((*TRAIN, "run.output=/dev/full"), _nothing, "is not a folder"),
     "a target in a pipe": (("eval", "r"), pipe("r/recipe.yaml"), "neither a run, an adapter nor a model"),
+    "a key without end": ((*TRAIN, "--allow", "x" * 5000), _nothing, "[...]"),
     "a target without end": (("eval", "x" * 5000), _nothing, "has a part of 5000 bytes"),
     "a target in a loop": (("eval", "loop"), loop, "loop"),
     "an adapter in a pipe": (
