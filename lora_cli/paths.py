@@ -25,6 +25,7 @@ def expanded(place: str, name: str) -> Path:
 
 def check_name(place: str, name: str) -> None:
     """Refuse names that no file can have, or that would break a line of a log."""
+    place = place if len(place) <= 200 else f"{place[:40]}..."  # it may be the name itself
     if any(character in name for character in "\0\n\r"):
         raise InputError(f"{place!r}: {name!r} holds a NUL or a line break (use a plain name)")
     if not name.strip():

@@ -25,7 +25,6 @@ from lora_cli.adapters import Method
 from lora_cli.data.chosen_tokens import require_used
 from lora_cli.data.render import settle_special_tokens
 from lora_cli.data.templates import with_template
-from lora_cli.data.tokens import backend_json
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import (
@@ -36,14 +35,16 @@ from lora_cli.models.load import (
     tokenizer_folder,
 )
 from lora_cli.models.safety import check_model_folder
+from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime import dist, order, report
 from lora_cli.runtime.checkpoint import exports_best
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.faults import resource_faults
+from lora_cli.runtime.fingerprints import fingerprints, machine
 from lora_cli.runtime.log import Log
-from lora_cli.runtime.resume import begin, find_finished, method_state
+from lora_cli.runtime.resume import find_finished, find_step, method_state
 from lora_cli.runtime.run_folder import EXPORTS, RunFolder
 from lora_cli.stages import _opened as opened
 from lora_cli.stages import _space, describe, export, inject, prepare
@@ -70,26 +71,26 @@ def train(
         LoraError: see `errors.py`; its exit code says which kind of fault it is.
     """
     folder = RunFolder(Path(recipe.run.output).expanduser())
-    goes_on = folder.is_run() and resume is not False and not overwrite
     seconds: dict[str, float] = {}
     with _started(recipe) as (rt, log), folder.lock:
+        rt.in_main(folder.hold)
+        goes_on = folder.is_run() and resume is not False and not overwrite
         with _timed(seconds, "prepare"):
             base = opened.base_of(recipe)
             recipe, start = opened.settle_start(recipe, base)
             tokenizer = opened.tokenizer_for(recipe, base)
             prepared = _prepare(recipe, tokenizer, rt, log)
             objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
-            facts = report.fingerprints(
-                prepared, backend_json(prepared.tokenizer), base_fingerprint(base),
-                start.fingerprint() if start else None,
-            )  # fmt: skip
+            facts = fingerprints(prepared, base, start.fingerprint() if start else None)
         finished = None if overwrite else find_finished(folder, recipe, facts, resume=resume is True)
         if finished is not None:
             log.line(f"{folder.path}: finished already, nothing to do (--overwrite trains it again)")
             check_gates(gates, finished["eval"]["tuned"])
             return finished
 
-        total = _total_steps(recipe, prepared)
+        total, made_on, step = _total_steps(recipe, prepared), machine(rt), None
+        if goes_on:
+            step = find_step(folder, recipe, facts, made_on, total, log.line, allow=allow)
         with _timed(seconds, "inject"):
             model, method = inject.run(
                 base, recipe.model.dtype, recipe.adapter, prepared,
@@ -97,19 +98,26 @@ def train(
                 total_steps=total, max_length=recipe.data.max_length,
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
                 batch_size=recipe.train.batch_size, seed=recipe.run.seed,
-                resumed=lambda: method_state(folder, recipe) if goes_on else None, rt=rt, log=log.line,
+                resumed=lambda: method_state(folder, recipe, step), rt=rt, log=log.line,
             )  # fmt: skip
         export.require_expressible(recipe.export_formats(), model, method)
+        goes_on = step is not None
         rt.in_main(
             lambda: _space.require_for_run(recipe, folder, base, model, method, total, goes_on=goes_on)
         )
-        resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=goes_on, allow=allow)
-        recipe_sha256 = folder.recipe_sha256() if rt.is_main else ""  # the others may be on another disk
-        made_of: dict[str, Any] = {"recipe": recipe_sha256, **facts, "versions": report.versions()}
+        rt.barrier()  # no process may look for a checkpoint after the main one has begun to write
+        rt.in_main(lambda: folder.begin(dump_recipe(recipe), fresh=not goes_on))
+        # The recipe's file is the main process' alone: the others may be on another disk.
+        made_of = {
+            "recipe_sha256": folder.recipe_sha256() if rt.is_main else "",
+            **facts,
+            "versions": report.versions(),
+        }
         with _timed(seconds, "train"):
             trained = train_stage.run(
                 recipe.train, model, method, objective, prepared, folder.path,
-                seed=recipe.run.seed, resume_step=resume_step, facts=made_of, rt=rt, log=log,
+                seed=recipe.run.seed, resume_step=step, rt=rt, log=log,
+                facts={"recipe": recipe.resolved(), "machine": made_on, **made_of},
             )  # fmt: skip
         for name in prepared.changed():
             log.line(f"warning: {name}: was changed while the run trained on what it held before")
@@ -118,7 +126,7 @@ def train(
                 recipe.evaluate, model, objective, prepared, rt=rt, log=log, folder=folder.path
             )
         trainable = sum(parameter.numel() for parameter in method.trainable(model.model).values())
-        summary = report.summarize(recipe.adapter.method, trainable, facts, prepared, trained, scores)
+        summary = report.summarize(recipe, trainable, facts, prepared, trained, scores)
         with _timed(seconds, "export"):
             card = report.model_card(summary, recipe)
             targets = {form: folder.path / EXPORTS[form] for form in recipe.export_formats()}

@@ -154,6 +154,8 @@ class Prepared:
     counts: dict[str, SplitCounts]
     changed: Callable[[], list[str]]
     """Names the files that do not hold any more what was read of them."""
+    contents: Mapping[str, str]
+    """A sha256 of what each split's rows were read from, by split: the bytes of its files, wherever they lie."""
     sources: tuple[SourceReport, ...] = ()
 
 

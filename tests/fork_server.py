@@ -1,123 +1,163 @@
-"""Real command lines in processes of their own, forked from one that has imported torch: 0.1 s to start in place of 3.
+"""`lora-train` in processes that start at once: a server that has imported everything forks one for each command.
 
-The parent only imports. It runs nothing of lora-cli, so that a child is what a fresh process would be: it reads its
-environment, and is killed, filled up and signalled alone.
+Importing torch takes seconds, and most tests of killed runs would be nothing else. What is killed is a real process
+that runs the command's own `main`, with the memory, files and signals of its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
+import select
+import signal
 import subprocess
 import sys
-from contextlib import suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 
+_SERVER = """
+import json, os, sys, time
+import torch
+torch.set_num_threads(1)
+import transformers.models.llama.modeling_llama
+from lora_cli import cli, pipeline, preflight
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        code = 99
+        try:
+            output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.chdir(job["folder"])
+            os.environ.update(job["environment"])
+            if job["clock"]:
+                real, shift = time.time, job["clock"]
+                time.time = lambda: real() + shift
+            code = cli.train_main(job["arguments"])
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+OUTPUT = "output.txt"
 
-@dataclass(frozen=True)
-class Ended:
-    """How a process ended; the code of one that a signal killed is minus its number."""
 
-    code: int
-    output: str
-    errors: str
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a command under test."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
 
 
 class ForkServer:
-    """Runs command lines one after the other; `folder` takes what they print."""
+    """Runs one command at a time, each in a forked process, with `folder` as its current one."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        environment = os.environ | {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
+    def __init__(self, **more: str) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", _SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
             text=True,
+            bufsize=1,
+            env=environment(**more),
         )
+        assert self._line(120) == "ready"
+        self._pid = 0
 
-    def run(
-        self,
-        *arguments: str | Path,
-        environment: dict[str, str] | None = None,
-        file_bytes: int | None = None,
-    ) -> Ended:
-        """Run `lora ...`; `file_bytes` is the largest file it may write."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        order = {
-            "arguments": [str(argument) for argument in arguments],
-            "environment": environment or {},
-            "file_bytes": file_bytes,
-            "folder": str(self.folder),
+    def start(self, folder: Path, arguments: Sequence[str], *, clock: float = 0.0, **more: str) -> None:
+        """Begin `lora-train ARGUMENTS` in a folder, which gets OUTPUT; its clock is so many seconds ahead."""
+        job = {
+            "arguments": list(arguments),
+            "folder": str(folder),
+            "output": str(folder / OUTPUT),
+            "environment": {"LORA_CLI_CACHE": str(folder / "cache")} | more,
+            "clock": clock,
         }
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
-        printed = [(self.folder / name).read_text() for name in ("output", "errors")]
-        return Ended(code, *printed)
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        self._pid = int(self._line(60) or 0)
 
-    def __enter__(self) -> Self:
-        return self
+    def code(self, seconds: float = 120.0) -> int | None:
+        """Return the exit code, the negative number of a signal that ended it; None if it runs on after `seconds`."""
+        line = self._line(seconds)
+        return None if line is None else int(line)
 
-    def __exit__(self, *fault: object) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
+    def kill(self) -> int:
+        """Send SIGKILL to the command and return its exit code, which is another if it had ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        code = self.code(30)
+        assert code is not None
+        return code
+
+    def run(self, folder: Path, arguments: Sequence[str], *, clock: float = 0.0, **more: str) -> float:
+        """Run a command that must succeed, and return its seconds."""
+        began = time.monotonic()
+        self.start(folder, arguments, clock=clock, **more)
+        code = self.code()
+        assert code == 0, f"exit {code}: {(folder / OUTPUT).read_text(errors='replace')}"
+        return time.monotonic() - began
+
+    def close(self) -> None:
+        """End the server; it has nothing to finish, and to leave in good order takes torch seconds."""
+        self._server.kill()
+        self._server.wait(30)
+        for stream in (self._server.stdin, self._server.stdout):
+            assert stream is not None
+            stream.close()
+
+    def _line(self, seconds: float) -> str | None:
+        stream = self._server.stdout
+        assert stream is not None
+        ready, _, _ = select.select([stream], [], [], seconds)
+        return stream.readline().strip() if ready else None
 
 
-def _child(order: dict[str, Any]) -> None:
-    os.environ.update(order["environment"])
-    for name, stream in (("output", 1), ("errors", 2)):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        os.dup2(os.open(Path(order["folder"]) / name, flags), stream)
-    if order["file_bytes"] is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], resource.RLIM_INFINITY))
-    code = 1
+@contextmanager
+def fork_server(**more: str) -> Iterator[ForkServer]:
+    """Yield a server; `more` is added to the environment that it starts in."""
+    server = ForkServer(**more)
     try:
-        from lora_cli.cli import main
-
-        code = main(order["arguments"])
-        sys.stdout.flush()
-        sys.stderr.flush()
+        yield server
     finally:
-        os._exit(code)
+        server.close()
 
 
-def warm() -> None:
-    """Import what every command needs, and run nothing of it."""
-    from transformers import LlamaForCausalLM, LlamaTokenizerFast  # noqa: F401
+def result_of(run: Path) -> dict[str, object]:
+    """Return what must be equal in two runs: every exported file, the generations, the metrics without their timing.
 
-    import lora_cli.pipeline
-    import lora_cli.preflight  # noqa: F401
+    Names are those of a run's folder. The base, and so all paths in the export, must be the same.
+    """
+    found: dict[str, object] = {
+        str(path.relative_to(run)): path.read_bytes()
+        for name in ("adapter", "merged", "portable")
+        for path in sorted((run / name).rglob("*"))
+        if path.is_file()
+    }
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    timing = ("tokens_per_second",)
+    found["metrics.jsonl"] = [
+        {key: value for key, value in line.items() if key not in timing} for line in lines
+    ]
+    answers = run / "generations.jsonl"
+    found["generations.jsonl"] = answers.read_bytes() if answers.exists() else b""
+    return found
 
 
-def start(order: dict[str, Any]) -> int:
-    """Start a command in a process of its own, and return its number."""
-    pid = os.fork()
-    if not pid:
-        _child(order)
-    return pid
+def differences(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    """Return the names of what differs."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
-def ended(pid: int) -> int:
-    """Wait for the end of a process, and return its code."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-if __name__ == "__main__":
-    warm()
-    for line in sys.stdin:
-        print(ended(start(json.loads(line))), flush=True)
+def leftovers(folder: Path) -> list[str]:
+    """Return the hidden files and folders below a folder."""
+    return sorted(str(path) for path in folder.rglob(".*"))

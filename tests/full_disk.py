@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fork_server import ended, start, warm
+from forked_commands import ended, start, warm
 
 SIZE = 8 * 2**20
 TARGETS = {"checkpoint": "step-4", "export": "adapter", "read-only": "step-4"}

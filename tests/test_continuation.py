@@ -107,10 +107,10 @@ def test_changed_content_is_refused(job: Run, tmp_path: Path, what: str) -> None
             {key: 2 * value for key, value in weights.items()}, base / "model.safetensors", {"format": "pt"}
         )
     name = "data.train" if what == "rows" else "model.base"
-    with pytest.raises(InputError, match=f"finished run that differs: {name}: another content"):
+    with pytest.raises(InputError, match=f"finished run that differs: {name}: content "):
         job(keep_rows=True, model__base=str(base))
     unfinish(tmp_path)
-    with pytest.raises(InputError, match=f"cannot be resumed: {name}: another content"):
+    with pytest.raises(InputError, match=f"cannot be resumed: {name}: content "):
         job(resume=True, keep_rows=True, model__base=str(base))
 
 

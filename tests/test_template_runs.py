@@ -85,7 +85,7 @@ def test_the_template_is_part_of_the_datas_fingerprint(tmp_path: Path, base: Pat
         recipe = load_recipe(
             write_recipe(tmp_path / f"job{len(found)}", base, data__template=str(file), train__max_steps=1)
         )
-        found.append(pipeline.train(recipe)["fingerprints"]["data.train"])
+        found.append(pipeline.train(recipe)["fingerprints"]["data.train.tokens"])
     assert found[0] != found[1]
 
 
@@ -95,6 +95,8 @@ TEMPLATES = {
     "subclasses": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "reads '__class__' of a str"),
     "attr": ("{{ ''|attr('__class__') }}", "reads '__class__' of a str"),
     "syntax": ("a\n{% for m in messages %}", "my.jinja:2: the chat template fails: Unexpected end"),
+    "a faulty call": ("{{ cycler() }}", "the chat template fails: at least one item has to be provided"),
+    "break outside": ("{% break %}", "my.jinja: the chat template cannot be read: 'break' outside loop"),
     "unknown filter": ("{{ messages|nope }}", "my.jinja:1: the chat template fails: No filter named 'nope'"),
     "no turns": ("hello", "does not write the turns in order"),
     "refuses": ("{{ raise_exception('never') }}", "the chat template fails: never"),

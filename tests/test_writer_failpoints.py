@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fork_server import ForkServer
+from forked_commands import ForkServer
 from toy import write_base, write_recipe
 
 from lora_cli.failpoints import STEPS

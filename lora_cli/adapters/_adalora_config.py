@@ -32,7 +32,7 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     rules = {
         name: (f"an integer of at least {least}", _peft.is_integer(config.get(name), least=least))
         for name, least in (
-            ("init_r", 1), ("target_r", 0), ("total_step", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)
+            ("target_r", 0), ("total_step", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)
         )
     }  # fmt: skip
     for beta in ("beta1", "beta2"):
@@ -46,6 +46,7 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         bias=("none", config.get("bias", "none") == "none"),
         init_lora_weights=("true or false", isinstance(config.get("init_lora_weights", True), bool)),
         rank_pattern=("lists of init_r true or false", _is_rank_pattern(pattern, config.get("init_r"))),
+        init_r=("an integer from 1 to 65536", _peft.is_rank(config.get("init_r"))),
         **rules,
     )
     return {

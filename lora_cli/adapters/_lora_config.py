@@ -48,7 +48,7 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     _peft.require(
         where,
         config,
-        r=("a positive integer", _peft.is_integer(config.get("r"), least=1)),
+        r=("a positive integer", _peft.is_rank(config.get("r"))),
         lora_alpha=("a positive number", _peft.is_number(config.get("lora_alpha"), above=0.0)),
         lora_dropout=("0 to 1", _peft.is_number(config.get("lora_dropout", 0.0), below=1.0)),
         bias=("none, lora_only or all", config.get("bias", "none") in BIASES.values()),
@@ -68,9 +68,7 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         use_rslora=("true or false", isinstance(config.get("use_rslora", False), bool)),
         rank_pattern=(
             "patterns and positive integers",
-            _lora_patterns.is_pattern(
-                config.get("rank_pattern"), lambda rank: _peft.is_integer(rank, least=1)
-            ),
+            _lora_patterns.is_pattern(config.get("rank_pattern"), _peft.is_rank),
         ),
         alpha_pattern=(
             "patterns and positive numbers",

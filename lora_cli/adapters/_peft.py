@@ -93,7 +93,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file (is this a PEFT adapter folder?)") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: holds a {type(config).__name__} (an object with peft_type is needed)")
@@ -133,9 +133,14 @@ def require(where: str, config: Mapping[str, Any], **rules: tuple[str, bool]) ->
         raise InputError(problems)
 
 
-def is_integer(value: object, *, least: int = 0) -> bool:
-    """Say whether a JSON value is an integer of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_integer(value: object, *, least: int = 0, most: int = 2**63 - 1) -> bool:
+    """Say whether a JSON value is an integer from `least` to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_rank(value: object) -> bool:
+    """Say whether a JSON value is a rank, from 1 to 65,536: a larger one would fill the memory before it is refused."""
+    return is_integer(value, least=1, most=65_536)
 
 
 def is_number(value: object, *, above: float = -1e-30, below: float = float("inf")) -> bool:
@@ -176,6 +181,10 @@ def fill(folder: Path, method: Method) -> None:
         if tensors[name].shape != place.shape:
             found, needed = tuple(tensors[name].shape), tuple(place.shape)
             problems.append(f"{folder}: tensor {name} has shape {found}, but the layer needs {needed}")
+        elif not tensors[name].is_floating_point():
+            problems.append(
+                f"{folder}: tensor {name} holds {tensors[name].dtype}, not floating-point numbers"
+            )
         elif not bool(torch.isfinite(tensors[name]).all()):
             problems.append(f"{folder}: tensor {name} holds values that are not finite")
     if problems:

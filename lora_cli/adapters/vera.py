@@ -190,7 +190,7 @@ class Vera(Method):
         _peft.require(
             where,
             config,
-            r=("a positive integer", _peft.is_integer(config.get("r"), least=1)),
+            r=("a positive integer", _peft.is_rank(config.get("r"))),
             vera_dropout=("0 to 1", _peft.is_number(config.get("vera_dropout", 0.0), below=1.0)),
             d_initial=("a number", _peft.is_number(config.get("d_initial", 0.1), above=float("-inf"))),
             projection_prng_key=("an integer from 0 to 2^63 - 1", _peft.is_integer(key) and key < 2**63),

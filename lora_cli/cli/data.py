@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -100,7 +101,9 @@ def _write_page(page: Path, said: dict[str, object]) -> None:
             staging.replace(page)
         finally:
             staging.unlink(missing_ok=True)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise InputError(
             f"--html: {page} cannot be written: {error.strerror} (choose another name)"
         ) from error

@@ -18,6 +18,8 @@ from lora_cli import disk
 from lora_cli.errors import LoraError, ResourceError
 
 LOG_NAME = "lora-cli-error.log"
+_LONGEST = 1900
+"""Characters of an error line."""
 _HEAD_START = 3.0
 """Seconds: torchrun ends all processes when one ends, and the one that tells must not be cut off by a silent one."""
 
@@ -70,6 +72,8 @@ def _report(lines: Sequence[str], code: int) -> int:
         return code
     for line in lines:
         shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+        if len(shown) > _LONGEST:  # what was written may be repeated in it; what to do stands at its end
+            shown = f"{shown[: _LONGEST - 320]} [...] {shown[-300:]}"
         print(f"error: {shown}", file=sys.stderr)
     return code
 

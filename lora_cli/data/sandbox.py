@@ -38,7 +38,7 @@ Chat = list[dict[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
 TEMPLATE_ERRORS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
+    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError,
 )  # fmt: skip
 """What a template can raise while it is rendered: Jinja's own errors, and Python's from its expressions."""
 
@@ -78,7 +78,7 @@ class ChatTemplate:
                     f"{name}:{error.lineno}: the chat template fails: {describe(error)} (correct it, or use another"
                     " data.template)"
                 ) from error
-            except (RecursionError, ValueError, TypeError) as error:
+            except (RecursionError, ValueError, TypeError, SyntaxError) as error:
                 raise InputError(f"{name}: the chat template cannot be read: {describe(error)}") from error
 
     def render(

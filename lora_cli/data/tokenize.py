@@ -82,6 +82,8 @@ class Task:
     max_rows: int | None
     folder: Path
     name: str
+    content: str
+    """What identifies the bytes of the part."""
     state: tuple[int, int] | None
     """The file's size and time of change (ns) when `name` was made of its content."""
 

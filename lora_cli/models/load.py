@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from lora_cli.errors import InputError
+from lora_cli.models.library_faults import reading
 from lora_cli.models.load_quantized import load_quantized
 from lora_cli.models.nf4 import Quantization
 from lora_cli.models.safety import TINY, check_model_folder, check_tokenizer_folder
@@ -85,10 +86,8 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    try:
+    with reading(folder, "the tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from error
     if not tokenizer.is_fast:
         raise InputError(f"{folder}: not a fast tokenizer (a tokenizer.json is needed)")
     return tokenizer
@@ -129,7 +128,7 @@ def load_model(
     """
     if quantization is not None:
         return load_quantized(folder, quantization, dtype=dtype, device=device, attention=attention)
-    try:
+    with reading(folder, "the model cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -138,12 +137,12 @@ def load_model(
             use_safetensors=True,
             attn_implementation=attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below by name, where transformers would not
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{folder}: the model cannot be loaded ({str(error).splitlines()[0]})") from error
     model, report = loaded
     for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in report.get(problem, ()))
+        found = report.get(problem, ())
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in found)
         if names:
             # transformers would fill such weights with random numbers and go on.
             raise InputError(

@@ -25,6 +25,7 @@ from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import InputError
+from lora_cli.models.library_faults import reading
 from lora_cli.models.nf4 import Quantization, QuantizedLinear, quantizable
 from lora_cli.models.weight_files import stored_names
 
@@ -97,7 +98,7 @@ class FullWeights:
 
 
 def _skeleton(folder: Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
-    try:
+    with reading(folder, "the model cannot be loaded"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(
@@ -109,10 +110,6 @@ def _skeleton(folder: Path, dtype: torch.dtype, attention: str | None) -> PreTra
             )
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{folder}: the model cannot be loaded ({str(error).splitlines()[0]})") from error
     model.config.name_or_path = str(folder)
     return model
 

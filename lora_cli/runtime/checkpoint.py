@@ -121,8 +121,10 @@ class Checkpoints:
         """
         sweep(self.folder)
         for step in self.steps():
+            folder = self.folder / f"step-{step}"
             try:
-                verify(self.folder / f"step-{step}")
+                if verify(folder).get("step") != step:
+                    raise InputError(f"{folder}: is not the checkpoint of step {step}, as its name says")
             except InputError as error:
                 warn(f"warning: checkpoint passed over: {error}")
                 continue
@@ -130,7 +132,7 @@ class Checkpoints:
         return None
 
     def facts(self, step: int) -> dict[str, Any]:
-        """Return the manifest of a checkpoint that was verified: step, fingerprints of data and base."""
+        """Return the manifest of a checkpoint that was verified: step, recipe, fingerprints, machine."""
         return verify(self.folder / f"step-{step}", contents=False)
 
     def load(self, step: int) -> tuple[State, dict[str, Tensor], dict[str, Tensor]]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from lora_cli.errors import InputError
 from lora_cli.runtime._moments import BLOCK, SMALLEST, EightBitMoments, Moments
 from lora_cli.runtime._rounding import stochastic_round
 from lora_cli.seeding import stream_seed
@@ -220,17 +221,31 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned, and write the masters into the model's weights."""
+        """Restore what `state_dict` returned, and write the masters into the model's weights.
+
+        Raises:
+            InputError: it is of other weights, or holds them in another form.
+        """
+        kept: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
-            weight.master.copy_(state[f"{name}.master"])
-            if weight.parameter is not weight.master:
-                weight.parameter.copy_(weight.master)
             weight.moments, weight.updates = None, 0
+            kept[f"{name}.master"] = weight.master
             if f"{name}.step" in state:
                 weight.moments = self._new_moments(weight)
                 weight.updates = int(state[f"{name}.step"])
-                for key, value in weight.moments.tensors().items():
-                    value.copy_(state[f"{name}.{key}"])
+                kept |= {f"{name}.{key}": value for key, value in weight.moments.tensors().items()}
+        # A copy alone would repeat a row of rank 1 over a larger one, and take bytes for numbers.
+        forms = ({name: (value.shape, value.dtype) for name, value in one.items()} for one in (kept, state))
+        if unlike := [name for name, _ in set.symmetric_difference(*(set(form.items()) for form in forms))]:
+            raise InputError(
+                f"the checkpoint's optimizer is of other weights than the model's, e.g. {min(unlike)} (use the recipe"
+                " that it was written under)"
+            )
+        for name, value in kept.items():
+            value.copy_(state[name])
+        for weight in self.weights.values():
+            if weight.parameter is not weight.master:
+                weight.parameter.copy_(weight.master)
 
     def _new_moments(self, weight: TrainedWeight) -> Moments:
         small = weight.master.numel() < SMALLEST

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import time
@@ -19,28 +18,13 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.types import Evaluated, Prepared, Trained
 
 
-def fingerprints(prepared: Prepared, tokenizer: str, base: str, start: str | None) -> dict[str, str]:
-    """Return what a continued run must find unchanged: splits, chat template, base, tokenizer, first adapter.
-
-    `tokenizer` is its whole definition; `base` and `start`, the adapter the run starts from, are fingerprints already.
-    """
-    splits = {"train": prepared.train, "eval": prepared.eval}
-    found = {
-        f"data.{split}": examples.fingerprint for split, examples in splits.items() if examples is not None
-    }
-    found["data.template"] = _sha256(f"{prepared.template} {prepared.tokenizer.chat_template}")
-    found["model.base"] = base
-    found["model.base.tokenizer"] = _sha256(tokenizer)
-    return found | ({} if start is None else {"adapter.init_from": start})
-
-
 def versions() -> dict[str, str]:
     """Return the versions of what decides a run's bits."""
     return {name: version(name) for name in ("lora-cli", "torch", "transformers", "safetensors")}
 
 
 def summarize(
-    method: str,
+    recipe: Recipe,
     trainable: int,
     facts: dict[str, str],
     prepared: Prepared,
@@ -50,7 +34,7 @@ def summarize(
     """Return what is known of a run before its export; `trainable` counts the trained parameters."""
     return {
         "status": "exporting",
-        "method": method,
+        "method": recipe.adapter.method,
         "steps": trained.steps,
         "best_step": trained.best_step,
         "stopped_early": trained.stopped_early,
@@ -61,6 +45,7 @@ def summarize(
         "eval": asdict(scores),
         "rows": {split: asdict(counts) for split, counts in prepared.counts.items()},
         "fingerprints": facts,
+        "recipe": recipe.resolved(),
         "versions": versions(),
     }
 
@@ -115,14 +100,10 @@ def model_card(summary: dict[str, Any], recipe: Recipe) -> str:
             for name in scores["tuned"]
         ]
         lines += [""]
-    lines += ["Fingerprints of data (with tokenizer and settings) and base:", ""]
+    lines += ["Fingerprints of what it was made of:", ""]
     lines += [f"- {name}: `{fingerprint}`" for name, fingerprint in summary["fingerprints"].items()]
     lines += ["", "## Recipe", "", "```yaml", _public_recipe(recipe).rstrip(), "```", ""]
     return "\n".join(lines)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _public_recipe(recipe: Recipe) -> str:

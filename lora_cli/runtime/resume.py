@@ -1,25 +1,29 @@
-"""Whether a run is finished, can go on, or must start anew; and which keys of its recipe may change meanwhile."""
+"""Whether a run is finished, can go on, or must start anew; and which keys of its recipe may change meanwhile.
+
+A checkpoint says itself which recipe, data and base it belongs to. The run's recipe.yaml is for its reader: whoever
+edits it changes nothing of what is compared here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from lora_cli.errors import InputError
-from lora_cli.recipe.dump import dump_recipe
-from lora_cli.recipe.load import load_recipe
+from lora_cli.manifest import verify
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime.checkpoint import Checkpoints
-from lora_cli.runtime.dist import Runtime
-from lora_cli.runtime.run_folder import CHECKPOINTS, EXPORTS, RECIPE_FILE, RunFolder
+from lora_cli.runtime.fingerprints import changed_contents, changed_tokens
+from lora_cli.runtime.run_folder import CHECKPOINTS, EXPORTS, RunFolder
 
-MAY_CHANGE = {
-    "data.train",
-    "data.eval",
-    "model.base",
-    "adapter.init_from",
+BY_CONTENT = {"data.train", "data.eval", "data.template", "model.base", "adapter.init_from"}
+"""Keys whose content is compared, not their text; so is the path of each of data.sources."""
+
+MAY_CHANGE = BY_CONTENT | {
     "train.epochs",
     "train.max_steps",
     "train.micro_batch_tokens",
@@ -31,19 +35,30 @@ MAY_CHANGE = {
     "run.output",
     "run.device",
 }
-"""With more steps the schedule continues as f(step, new total). Data, base and the adapter it started from are compared
-by content, not by name. The other keys do not enter an update (micro-batches do, through the draws of a dropout)."""
+"""With more steps the schedule continues as f(step, new total). The other keys do not enter an update (micro-batches
+do, through the draws of a dropout)."""
 
-NOT_COMPARED = {
-    "data.train",
-    "data.eval",
-    "model.base",
-    "adapter.init_from",
-    "run.output",
-    "run.device",
-    "train.log_every",
+NOT_COMPARED = BY_CONTENT | {"run.output", "run.device", "train.log_every"}
+"""Keys in which a finished run may differ from what is asked for."""
+
+FIXED = {
+    "adapter.method",
+    "adapter.rank",
+    "adapter.initial_rank",
+    "adapter.rank_pattern",
+    "adapter.targets",
+    "adapter.layers",
+    "adapter.bias",
+    "adapter.train_also",
+    "adapter.train_tokens",
+    "adapter.add_tokens",
+    "adapter.parameters",
+    "adapter.masters",
+    "adapter.freeze_a",
+    "adapter.warm_start_steps",
+    "train.optimizer",
 }
-"""Keys in which a finished run may differ from what is asked for; what a name leads to is compared by content."""
+"""Keys that decide which tensors a checkpoint has: it cannot be gone on with under others, so --allow is no way out."""
 
 _MAY_CHANGE_SECTIONS = ("evaluate", "export")
 
@@ -54,22 +69,35 @@ def find_finished(
     """Return the summary of a run that is finished as this recipe asks; None where there is something to do.
 
     Raises:
-        InputError: a finished run stands there that differs, and `resume` is not set.
+        InputError: a finished run stands there that differs, or is damaged, and `resume` is not set.
     """
     summary = folder.finished()
     if summary is None:
         return None
-    before = load_recipe(folder.path / RECIPE_FILE)
-    changes = changed_keys(before.resolved(), recipe.resolved())
-    differences = [f"{key}: {change}" for key, change in changes.items() if key not in NOT_COMPARED]
-    differences += _other_contents(summary["fingerprints"], facts)
-    missing = [EXPORTS[form] for form in recipe.export_formats() if not folder.holds(EXPORTS[form])]
-    differences += [f"{name}/ is missing or damaged" for name in missing]
+    changes = changed_keys(_recipe_of(summary, folder), recipe)
+    differences = [
+        f"{key}: {change}"
+        for key, change in changes.items()
+        if key not in NOT_COMPARED and not _is_source_path(key)
+    ]
+    contents = changed_contents(summary["fingerprints"], facts)
+    if not contents and not any(map(changes_training, changes)):
+        contents = changed_tokens(summary["fingerprints"], facts)
+    differences += contents
+    for form in recipe.export_formats():
+        exported = folder.path / EXPORTS[form]
+        if not exported.is_dir():
+            differences.append(f"{EXPORTS[form]}/ is missing")
+            continue
+        try:
+            verify(exported)
+        except InputError as error:
+            differences.append(str(error))
     if not differences:
         return summary
     if resume:
         return None
-    other_run = any(map(changes_training, changes)) or any(line.endswith("content") for line in differences)
+    other_run = contents or any(map(changes_training, changes))
     goes_on = "" if other_run else "--resume goes on from its last checkpoint, "
     raise InputError(
         f"{folder.path}: holds a finished run that differs: {'; '.join(differences)}"
@@ -77,60 +105,70 @@ def find_finished(
     )
 
 
-def method_state(folder: RunFolder, recipe: Recipe) -> dict[str, Tensor] | None:
-    """Return the adapter method's tensors of the checkpoint that `begin` will name; None where there is none."""
-    checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
-    step = checkpoints.newest(lambda line: None)  # `begin` tells of damaged ones
-    return None if step is None else checkpoints.method_state(step)
-
-
-def begin(
+def find_step(
     folder: RunFolder,
     recipe: Recipe,
     facts: Mapping[str, str],
+    machine: Mapping[str, str | int],
     total_steps: int,
-    rt: Runtime,
     log: Callable[[str], None],
     *,
-    resume: bool,
     allow: Sequence[str] = (),
 ) -> int | None:
-    """Make the run folder and lock it; return the step to continue from, or None to start at the beginning.
+    """Return the step of the checkpoint that the run goes on from; None where none was written yet.
 
-    Keys in `allow`, and what stands below them, may differ from the checkpoint's.
+    Keys in `allow`, and what stands below them, may differ from the checkpoint's. Another `machine` is told.
 
     Raises:
-        InputError: the recipe, data or base of the checkpoint are others, or it is beyond the last step; or another
-            process runs in the folder.
+        InputError: the recipe, data or base of the checkpoint are others, it is beyond the last step, or none verifies.
     """
-    step = None
-    if resume:
-        checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
-        step = checkpoints.newest(log)
-        if step is not None:
-            before = load_recipe(folder.path / RECIPE_FILE)
-            changes = changed_keys(before.resolved(), recipe.resolved())
-            differences = [f"{key}: {change}" for key, change in changes.items() if changes_training(key)]
-            differences += _other_contents(checkpoints.facts(step), facts)
-            differences, allowed = _without(differences, allow)
-            for line in allowed:
-                log(f"resume: allowed although changed: {line}")
-            if step > total_steps:
-                differences.append(f"train.max_steps: the run stands at step {step} of now {total_steps}")
-            if differences:
-                raise InputError(
-                    f"{folder.path}: cannot be resumed: {'; '.join(differences)}"
-                    " (use the old values, --allow KEY, --overwrite, or another run.output)"
-                )
-        log(f"resume: continuing after step {step}" if step else "resume: no checkpoint, starting anew")
-    rt.barrier()  # no process may look for a checkpoint after the main one has begun to write
-    rt.in_main(lambda: folder.begin(dump_recipe(recipe), fresh=step is None))
+    checkpoints = _checkpoints(folder, recipe)
+    damage: list[str] = []
+    step = checkpoints.newest(damage.append)
+    for line in damage:
+        log(line)
+    if step is None:
+        if damage:
+            raise InputError(
+                f"{folder.path}: cannot be resumed: {'; '.join(damage)} (--overwrite starts again, or choose another"
+                " run.output)"
+            )
+        log("resume: no checkpoint, starting anew")
+        return None
+    before = checkpoints.facts(step)
+    changes = changed_keys(_recipe_of(before, folder), recipe)
+    differences = [f"{key}: {change}" for key, change in changes.items() if changes_training(key)]
+    differences += changed_contents(before, facts)
+    # Told only where nothing else explains it.
+    differences = differences or changed_tokens(before, facts)
+    differences, allowed = _without(differences, allow)
+    if step > total_steps:
+        differences.append(f"train.max_steps: the run stands at step {step} of now {total_steps}")
+    if differences:
+        raise InputError(
+            f"{folder.path}: cannot be resumed: {'; '.join(differences)}"
+            f" ({_ways_out(differences)}--overwrite, or another run.output)"
+        )
+    for line in allowed:
+        log(f"resume: allowed although changed: {line}")
+    was = before.get("machine", {})
+    other = [
+        f"{name} {was.get(name)} -> {value}" for name, value in machine.items() if was.get(name) != value
+    ]
+    if other:
+        log(f"resume: warning: not bit-identical to a run in one piece: {', '.join(other)}")
+    log(f"resume: continuing after step {step}")
     return step
 
 
-def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return key -> `before -> now` for every key where two resolved recipes differ; of two methods the names alone."""
-    old, new = _flat(before), _flat(now)
+def method_state(folder: RunFolder, recipe: Recipe, step: int | None) -> dict[str, Tensor] | None:
+    """Return the adapter method's tensors of the checkpoint that the run goes on from; None where there is none."""
+    return None if step is None else _checkpoints(folder, recipe).method_state(step)
+
+
+def changed_keys(before: Recipe, now: Recipe) -> dict[str, str]:
+    """Return key -> `before -> now` for every key where two recipes differ; of two methods the names alone."""
+    old, new = _flat(before.resolved()), _flat(now.resolved())
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if "adapter.method" in changed:
         changed = [key for key in changed if key == "adapter.method" or not key.startswith("adapter.")]
@@ -139,25 +177,50 @@ def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 def changes_training(key: str) -> bool:
     """Say whether a change of this key would make a continued run another run."""
-    return key not in MAY_CHANGE and key.partition(".")[0] not in _MAY_CHANGE_SECTIONS
+    return not (key in MAY_CHANGE or key.partition(".")[0] in _MAY_CHANGE_SECTIONS or _is_source_path(key))
 
 
-def _other_contents(before: Mapping[str, Any], facts: Mapping[str, str]) -> list[str]:
-    """Return what is there now with another content, or had one that started the run and has none now."""
-    gone = [key for key in ("adapter.init_from",) if key in before and key not in facts]
-    changed = [key for key in facts if before.get(key) != facts[key]]
-    return [f"{key}: another content" for key in changed + gone]
+def _is_source_path(key: str) -> bool:
+    return key.startswith("data.sources.") and key.endswith(".path")
+
+
+def _checkpoints(folder: RunFolder, recipe: Recipe) -> Checkpoints:
+    return Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
+
+
+def _recipe_of(facts: Mapping[str, Any], folder: RunFolder) -> Recipe:
+    """Return the recipe that a checkpoint or summary was written under."""
+    try:
+        return Recipe.model_validate_json(json.dumps(facts["recipe"]))
+    except (KeyError, ValidationError):
+        raise InputError(
+            f"{folder.path}: was written by another version of lora-cli, whose recipe is not readable (--overwrite, or"
+            " choose another run.output)"
+        ) from None
 
 
 def _without(lines: Sequence[str], allow: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the lines whose key is not allowed, and those whose key is, by itself or as part of a block."""
-    allowed = [
-        line for line in lines if any(f"{line.partition(':')[0]}.".startswith(f"{key}.") for key in allow)
-    ]
+    allowed = [line for line in lines if _is_below(_key(line), allow) and not _is_below(_key(line), FIXED)]
     return [line for line in lines if line not in allowed], allowed
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _ways_out(lines: Sequence[str]) -> str:
+    fixed = sorted({_key(line) for line in lines if _is_below(_key(line), FIXED)})
+    if fixed:
+        return f"{', '.join(fixed)}: decides which tensors a checkpoint has, so use the old value; or "
+    return "use the old values, --allow KEY, "
+
+
+def _key(line: str) -> str:
+    return line.partition(":")[0]
+
+
+def _is_below(name: str, keys: Collection[str]) -> bool:
+    return any(f"{name}.".startswith(f"{key}.") for key in keys)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -7,6 +7,7 @@ summary.json
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,20 @@ class RunFolder:
     def finished(self) -> dict[str, Any] | None:
         """Return the summary of a run that was completed here, or None."""
         try:
-            summary: dict[str, Any] = json.loads((self.path / SUMMARY_FILE).read_text(encoding="utf-8"))
+            summary: Any = json.loads((self.path / SUMMARY_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return summary if summary.get("status") == "done" else None
+        sound = isinstance(summary, dict) and summary.keys() >= {"eval", "fingerprints", "recipe"}
+        return summary if sound and summary.get("status") == "done" else None
 
     def is_run(self) -> bool:
         """Say whether a run of ours was begun here."""
+        path = self.path / RECIPE_FILE
+        if not path.is_file():  # a pipe would be waited for
+            return False
         try:
-            with (self.path / RECIPE_FILE).open(encoding="utf-8") as file:
-                return file.readline().rstrip("\n") == MARK
+            with path.open(encoding="utf-8") as file:
+                return file.readline(len(MARK) + 1).rstrip("\n") == MARK
         except (OSError, ValueError):
             return False
 
@@ -69,21 +74,13 @@ class RunFolder:
                 return self.path / name
         raise InputError(f"{self.path}: the run has exported nothing yet (finish it with lora-train)")
 
-    def holds(self, name: str) -> bool:
-        """Say whether an export is there with all of its files, in their sizes: a cheap look, see `verify`."""
-        try:
-            verify(self.path / name, contents=False)
-        except InputError:
-            return False
-        return True
-
     def verify(self, export: Path) -> None:
         """Compare an export of this run with its manifest, and the run's recipe with the one it was made by.
 
         Raises:
             InputError: a file is damaged or missing.
         """
-        if verify(export).get("recipe") != self.recipe_sha256():
+        if verify(export).get("recipe_sha256") != self.recipe_sha256():
             raise InputError(
                 f"{self.path / RECIPE_FILE}: is not the recipe that {export.name}/ was made by (restore it; overrides"
                 " change what is scored or merged)"
@@ -101,6 +98,15 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
+    def hold(self) -> None:
+        """Lock the folder, if there is one: what stands in it must not change between being judged and being used.
+
+        Raises:
+            InputError: another process holds it.
+        """
+        if self.path.is_dir():
+            self.lock.take()
+
     def begin(self, recipe_text: str, *, fresh: bool) -> None:
         """Make and lock the folder and write the resolved recipe; with `fresh` remove what an earlier run wrote.
 
@@ -108,6 +114,7 @@ class RunFolder:
             InputError: the folder cannot be made or written to, holds an export that is not ours, or is locked.
             ResourceError: the disk is full or failing.
         """
+        judged = self.lock.held
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.take()
@@ -117,6 +124,10 @@ class RunFolder:
             if error.errno in disk.NUMBERS:
                 raise disk.fault(error, self.path) from error
             raise InputError(f"run.output: {self.path}: {error.strerror} (choose another folder)") from error
+        if not judged and self.is_run():
+            raise InputError(
+                f"run.output: another process began a run in {self.path} meanwhile (start again)"
+            )
         sweep(self.path)
         # The summary first, by which the run is finished; the recipe, by which it is a run, is there at every moment.
         self._remove(self.given_up(fresh=fresh))
@@ -139,8 +150,14 @@ class RunFolder:
 
     def _remove(self, names: list[str]) -> None:
         for path in (self.path / name for name in names):
-            ours = path.name == CHECKPOINTS or (path / MANIFEST).is_file()
-            if path.is_dir() and not path.is_symlink() and not ours:
+            if path.is_dir() and not path.is_symlink() and not _is_ours(path):
                 raise InputError(f"{path}: was not written by a run, so it stays (choose another run.output)")
         for name in names:
             remove(self.path / name)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Say whether a run wrote this folder: an export has a manifest, `checkpoints/` nothing but checkpoints."""
+    if folder.name != CHECKPOINTS:
+        return (folder / MANIFEST).is_file()
+    return all(re.fullmatch(r"step-\d+|\.(tmp|old|del)-.*", path.name) for path in folder.iterdir())

@@ -6,6 +6,7 @@ stage with the first five of them named, or are skipped and counted, as the reci
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -92,12 +93,21 @@ def run(
         counts={job.origin.key.removeprefix("data."): job.tally.counts() for job in jobs},
         sources=tuple(map(report, jobs)),
         changed=lambda: _changed(jobs),
+        contents={split: _contents(jobs, split) for split in splits},
     )
 
 
 def _changed(jobs: list[Job]) -> list[str]:
     now = ((source, task.state) for job in jobs for source, task in job.tasks)
     return list(dict.fromkeys(source.name for source, state in now if file_state(source) != state))
+
+
+def _contents(jobs: list[Job], split: str) -> str:
+    digest = hashlib.sha256()
+    for job in _jobs_of(jobs, split):
+        for _, task in job.tasks:
+            digest.update(f"{task.content}\n".encode())
+    return digest.hexdigest()
 
 
 def _find_jobs(data: Data, *, need_train: bool, consumes: tuple[type, ...]) -> list[Job]:
@@ -141,7 +151,7 @@ def _tasks(job: Job, tokenization: Tokenization) -> list[tuple[Source, Task]]:
         for part, content in parts_of(source, whole=most is not None):
             name = tokenization.name(job.reading, content, most)
             folder = cache_root() / name[:32]
-            tasks.append((source, Task(source, part, job.reading, most, folder, name, state)))
+            tasks.append((source, Task(source, part, job.reading, most, folder, name, content, state)))
     return tasks
 
 
@@ -233,5 +243,9 @@ def _warn_of_overlap(train: Dataset, held_out: Dataset, log: Callable[[str], Non
 
 
 def _formats(jobs: list[Job], split: str) -> str:
-    own = {job.reading.format for job in jobs if (job.origin.key == "data.eval") is (split == "eval")}
-    return ", ".join(sorted(own or {job.reading.format for job in jobs}))
+    return ", ".join(sorted({job.reading.format for job in _jobs_of(jobs, split)}))
+
+
+def _jobs_of(jobs: list[Job], split: str) -> list[Job]:
+    """Return the origins of a split's rows; held-out rows without an origin are some of the training rows."""
+    return [job for job in jobs if (job.origin.key == "data.eval") is (split == "eval")] or jobs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from lora_cli.adapters import Method
 from lora_cli.errors import Stopped
@@ -33,13 +34,13 @@ def run(
     *,
     seed: int,
     resume_step: int | None,
-    facts: dict[str, str],
+    facts: dict[str, Any],
     rt: Runtime,
     log: Log,
 ) -> Trained:
     """Train until the last step, early stopping or a signal, and leave the final weights in `model`.
 
-    `facts` (fingerprints of data and base) stand in every checkpoint, for the one who resumes from it.
+    `facts` (recipe, fingerprints of data and base) stand in every checkpoint, for the one who resumes from it.
 
     Raises:
         DivergedError: a loss or gradient is not finite; the update was not applied.

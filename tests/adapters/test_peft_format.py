@@ -10,9 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from command_line import run_here, snapshot
 from safetensors.torch import load_file, save_file
 from small import make_model
-from transformers import PreTrainedModel
+from toy import write_base
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import _peft
@@ -191,3 +193,35 @@ def test_an_adapter_of_a_wider_base_is_refused(tmp_path: Path) -> None:
     ours(tmp_path, "gpt2")
     with pytest.raises(InputError, match="matches no linear layer of the model"):
         adapters.load(tmp_path, make_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model folder that no test changes."""
+    return write_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.mark.reliability("malformed")
+@pytest.mark.parametrize("case", FAULTS)
+def test_the_command_refuses_a_faulty_adapter(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    """`lora-merge` ends with exit 2 and a line for what was found, and writes nothing."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    method = Lora(rank=4, alpha=6.0, targets=TARGETS["llama"], seed=1)
+    method.inject(model)
+    (tmp_path / "adapter").mkdir()
+    _peft.write(tmp_path / "adapter", method, base_name="base", revision=None)
+    edit, message = FAULTS[case]
+    edit(tmp_path / "adapter")
+    before = snapshot(tmp_path)
+    arguments = (str(tmp_path / "adapter"), "--output", str(tmp_path / "out"), f"model.base={base}")
+    result = run_here(capsys, "merge", *arguments)
+    assert result.code == 2
+    lines = result.errors.splitlines()
+    assert len(lines) <= 6  # of tensors that do not fit five are named
+    assert all(line.startswith("error: ") for line in lines)
+    assert message in lines[0] or (
+        case == "no config" and "neither a run, an adapter nor a model" in lines[0]
+    )
+    assert snapshot(tmp_path) == before

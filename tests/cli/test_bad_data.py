@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from command_line import run_here, run_process, snapshot
 
+pytestmark = pytest.mark.reliability("malformed")
 RECIPE = "model: {base: tiny}\ndata: {train: DATA}\nrun: {output: out, device: cpu}\n"
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 U, A, T = ({"role": role, "content": "x"} for role in ("user", "assistant", "tool"))

@@ -12,6 +12,7 @@ from model_folders import write_model
 
 from lora_cli.runtime.run_folder import MARK
 
+pytestmark = pytest.mark.reliability("malformed")
 ROWS = '{"prompt": "a", "completion": "b"}\n' * 3
 GOOD = "model: {base: ./base}\ndata: {train: rows.jsonl}\nrun: {output: out}\n"
 

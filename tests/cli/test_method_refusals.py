@@ -11,6 +11,7 @@ import yaml
 from command_line import run_here, run_process, snapshot
 from toy import write_base, write_recipe
 
+pytestmark = pytest.mark.reliability("malformed")
 RANK = "(must be an integer from 1 to 4096)"
 ALPHA = "(must be a number above 0 and at most 1000000)"
 DROPOUT = "(must be a number of at least 0 and below 1)"

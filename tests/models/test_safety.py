@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run_here, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_folders import CONFIG, safetensors_bytes, shard, write_model
@@ -205,3 +206,25 @@ def test_what_safetensors_refuses_is_refused(
     except SafetensorError as error:
         # It knows fewer types and escapes than JSON allows; sizes and offsets must not pass here.
         assert "invalid" in str(error).lower() or "unknown" in str(error).lower(), error  # noqa: PT017
+
+
+@pytest.mark.reliability("malformed")
+@pytest.mark.parametrize("case", BAD)
+def test_the_command_refuses_a_bad_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """`lora-train` ends with exit 2 and one line that says what was found, and writes nothing."""
+    change, expected = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    change(write_model(tmp_path / "model"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "r.yaml").write_text(
+        "model: {base: ./model}\ndata: {train: rows.jsonl}\nrun: {output: out}\n"
+    )
+    before = snapshot(tmp_path)
+    result = run_here(capsys, "train", "r.yaml")
+    assert result.code == 2
+    (line,) = result.errors.splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+    assert snapshot(tmp_path) == before

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -64,3 +66,64 @@ def test_a_folder_without_a_lock_is_free(tmp_path: Path) -> None:
     assert "another process" in lock.describe(tmp_path)
     with Lock(tmp_path) as mine:
         mine.take()
+
+
+def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opened the file before its holder removed it does not take the lock of the file that came after."""
+    path = tmp_path / lock.NAME
+    opened = Path.open
+
+    def then_replaced(self: Path, *arguments: object, **more: object) -> object:
+        file = opened(self, *arguments, **more)  # type: ignore[arg-type]
+        if self == path and file.writable() and not holder:
+            # Between opening and locking: the one before leaves, and another process comes.
+            path.unlink()
+            holder.append(hold(tmp_path))
+        return file
+
+    holder: list[subprocess.Popen[str]] = []
+    monkeypatch.setattr(Path, "open", then_replaced)
+    try:
+        with pytest.raises(InputError, match=r"written by process \d+ on "), Lock(tmp_path) as mine:
+            mine.take()
+        assert lock.is_held(tmp_path)
+        assert path.exists()
+    finally:
+        holder[0].kill()
+        holder[0].wait(10)
+
+
+def test_a_moments_question_does_not_refuse_a_run(tmp_path: Path) -> None:
+    """While another process only asks whether the lock is held, it can be taken."""
+    (tmp_path / lock.NAME).touch()
+    with (tmp_path / lock.NAME).open() as asked:
+        fcntl.flock(asked, fcntl.LOCK_SH)
+        threading.Timer(0.07, asked.close).start()
+        with Lock(tmp_path) as mine:
+            mine.take()
+            mine.take()  # by its holder once more: nothing to do
+            assert mine.held
+
+
+def test_many_processes_at_once(tmp_path: Path) -> None:
+    """Of processes that take and give back the lock over and over no two ever hold it at the same time."""
+    code = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from lora_cli.errors import InputError\n"
+        "from lora_cli.runtime import lock\n"
+        "lock._PAUSE = 0.0005\n"
+        "folder, taken = Path(sys.argv[1]), 0\n"
+        "while taken < 60:\n"
+        "    try:\n"
+        "        with lock.Lock(folder) as mine:\n"
+        "            mine.take()\n"
+        "            os.close(os.open(folder / 'alone', os.O_CREAT | os.O_EXCL))\n"
+        "            os.unlink(folder / 'alone')\n"
+        "            taken += 1\n"
+        "    except InputError:\n"
+        "        pass\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == []
