@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lora_cli import objectives
+from lora_cli import interrupts, objectives
 from lora_cli.adapters import Method
 from lora_cli.data.chosen_tokens import require_used
 from lora_cli.data.render import settle_special_tokens
@@ -99,7 +99,8 @@ def train(
                 resumed=lambda: method_state(folder, recipe) if goes_on else None, rt=rt, log=log.line,
             )  # fmt: skip
         export.require_expressible(recipe.export_formats(), model, method)
-        resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=goes_on, allow=allow)
+        with interrupts.deferred():  # half-way through, a folder is neither the old run's nor a new one's
+            resume_step = begin(folder, recipe, facts, total, rt, log.line, resume=goes_on, allow=allow)
         with _timed(seconds, "train"):
             trained = train_stage.run(
                 recipe.train, model, method, objective, prepared, folder.path,
@@ -112,7 +113,10 @@ def train(
                 recipe.evaluate, model, objective, prepared, rt=rt, log=log, folder=folder.path
             )
         trainable = sum(parameter.numel() for parameter in method.trainable(model.model).values())
-        summary = report.summarize(recipe.adapter.method, trainable, facts, prepared, trained, scores)
+        summary = report.summarize(
+            recipe.adapter.method, trainable, facts, prepared, trained, scores,
+            deterministic=recipe.run.deterministic,
+        )  # fmt: skip
         with _timed(seconds, "export"):
             card = report.model_card(summary, recipe)
             targets = {form: folder.path / EXPORTS[form] for form in recipe.export_formats()}
@@ -320,12 +324,14 @@ def _export(
 
 @contextmanager
 def _started(recipe: Recipe) -> Iterator[tuple[Runtime, Log]]:
-    with resource_faults(), dist.start(recipe.run.device) as rt, Log(speaks=rt.is_main) as log:
+    started = dist.start(recipe.run.device, deterministic=recipe.run.deterministic)
+    with resource_faults(), started as rt, Log(speaks=rt.is_main) as log:
         yield rt, log
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    interrupts.check()
     started = time.perf_counter()
     yield
     seconds[stage] = round(time.perf_counter() - started, 3)
