@@ -131,7 +131,8 @@ def train(
 
         summary = report.complete(summary, differences, seconds, rt.device)
         if rt.is_main:
-            folder.write_summary(summary)
+            with interrupts.deferred():
+                folder.write_summary(summary)
         log.line(f"done: {folder.path}, {sum(seconds.values()):.0f} s")
         check_gates(gates, scores.tuned)
         return summary

@@ -91,7 +91,8 @@ class MicroBatches:
         while True:
             batches = self.split(rows, progress)
             largest = {id(one): one for one in (max(batches, key=_tokens), max(batches, key=self._longest))}
-            with torch.random.fork_rng(), attempt() as tried:
+            gpus = [self.model.device] if self.model.device.type == "cuda" else []
+            with torch.random.fork_rng(gpus), attempt() as tried:
                 # What AdamW keeps from its first step on is there in every pass after it.
                 kept = torch.empty(
                     self.optimizer.bytes_to_come(), dtype=torch.uint8, device=self.model.device

@@ -7,6 +7,7 @@ nothing. A signal is heeded between two passes: what the step in progress has ad
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def run(
     checkpoints = Checkpoints(folder / CHECKPOINTS, keep=settings.keep_checkpoints)
     if resume_step is not None:
         step.state = step.restore(checkpoints, resume_step)
-    state, total, keep_best = step.state, step.total, exports_best(settings)
+    state, keep_best = step.state, exports_best(settings)
     saved: dict[str, Any] = asdict(state)
 
     def save() -> None:
@@ -65,46 +66,56 @@ def run(
             rt.in_main(lambda: checkpoints.save(state, step.optimizer, method.state_dict(), facts))
             saved = asdict(state)
 
-    def out_of_patience() -> bool:
-        return settings.early_stopping is not None and state.evaluations_since_best >= settings.early_stopping
-
-    heldout_size = PassSize(step.tokens, "train.micro_batch_tokens", REMEDY, log.line)
-    log.open_metrics(folder, keep_steps=state.step)
-    log.start_progress(total, state.step)
     with interrupts.deferred():
+        log.open_metrics(folder, keep_steps=state.step)
+        log.start_progress(step.total, state.step)
         step.try_out()
-        while True:
-            if prepared.eval is not None and _evaluation_is_due(settings, state):
-                improved = _evaluate(step, prepared.eval, heldout_size, log)
-                if improved and keep_best:
-                    save()
-            stop = rt.stop_requested()
-            ends = bool(stop) or state.step == total or out_of_patience()
-            if ends or (settings.save_every is not None and state.step % settings.save_every == 0):
-                save()
-            if stop := stop or rt.stop_requested():
-                raise Stopped(_stopped(stop, state, total), stop)
-            if ends:
-                break
-            metrics = step.take()
-            if metrics:
-                if state.step % settings.log_every == 0 or state.step in (1, total):
-                    _report(metrics, total, log)
-                log.advance(state.step, _status(metrics))
+        _take_steps(step, prepared.eval, save, log)
     log.stop_progress()
     if keep_best and state.best_step is not None:
         step.restore(checkpoints, state.best_step)
     for line in method.report():
         log.line(line)
-    rate = state.tokens / state.seconds if state.seconds else 0.0
+    return _trained(state, stopped_early=_out_of_patience(settings, state))
+
+
+def _take_steps(step: GradientStep, heldout: Examples | None, save: Callable[[], None], log: Log) -> None:
+    """Make the steps that are left, and between them what is due; `save` writes what is not in a checkpoint yet."""
+    settings, state, rt, total = step.settings, step.state, step.rt, step.total
+    heldout_size = PassSize(step.tokens, "train.micro_batch_tokens", REMEDY, log.line)
+    while True:
+        if heldout is not None and _evaluation_is_due(settings, state):
+            improved = _evaluate(step, heldout, heldout_size, log)
+            if improved and exports_best(settings):
+                save()
+        stop = rt.stop_requested()
+        ends = state.step == total or _out_of_patience(settings, state)
+        if stop or ends or (settings.save_every is not None and state.step % settings.save_every == 0):
+            save()
+        if stop := stop or rt.stop_requested():
+            raise Stopped(_stopped(stop, state, total), stop)
+        if ends:
+            return
+        metrics = step.take()
+        if metrics:
+            if state.step % settings.log_every == 0 or state.step in (1, total):
+                _report(metrics, total, log)
+            log.advance(state.step, _status(metrics))
+
+
+def _out_of_patience(settings: Train, state: State) -> bool:
+    return settings.early_stopping is not None and state.evaluations_since_best >= settings.early_stopping
+
+
+def _trained(state: State, *, stopped_early: bool) -> Trained:
     return Trained(
-        state.step,
-        state.tokens,
-        state.trained_tokens,
-        rate,
-        state.best_step,
-        out_of_patience(),
-        state.skipped,
+        steps=state.step,
+        tokens=state.tokens,
+        trained_tokens=state.trained_tokens,
+        tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
+        best_step=state.best_step,
+        stopped_early=stopped_early,
+        skipped=state.skipped,
     )
 
 

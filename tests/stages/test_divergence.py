@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_in_two
 from safetensors.torch import load_file
 from toy import write_base, write_recipe
 
@@ -115,6 +116,35 @@ def test_what_is_not_finite_is_not_applied(
         )
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
     assert not (run / "adapter").exists()
+
+
+def test_rows_of_another_process_are_named(tmp_path: Path, base: Path) -> None:
+    """Of two processes the second meets a NaN gradient: both end with 3, and the first names the second's rows."""
+    recipe = write_recipe(tmp_path, base, data__eval=None, train__micro_batch_tokens=64)
+    row = order.rows_of_step(0, num_rows=40, batch_size=8, seed=0)[3]  # an odd place: of the second process
+    program = (
+        "import sys, torch\n"
+        "from lora_cli.objectives.sft import Sft\n"
+        "original = Sft.loss_sum\n"
+        "class Nan(torch.autograd.Function):\n"
+        "    @staticmethod\n"
+        "    def forward(ctx, x): return x.clone()\n"
+        "    @staticmethod\n"
+        "    def backward(ctx, gradient): return gradient * float('nan')\n"
+        "def loss_sum(self, model, batch):\n"
+        "    loss, metrics = original(self, model, batch)\n"
+        "    return (Nan.apply(loss) if int(sys.argv[2]) in batch.rows else loss), metrics\n"
+        "Sft.loss_sum = loss_sum\n"
+        "from lora_cli.cli import train_main\n"
+        "raise SystemExit(train_main([sys.argv[1]]))\n"
+    )
+    first, second = run_in_two(program, str(recipe), str(row))
+    assert (first.returncode, second.returncode) == (3, 3), first.stderr + second.stderr
+    told = [line for line in first.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert told[0].startswith("error: step 1: ")
+    assert f"train.jsonl:{row + 1}" in told[0]
+    assert "error: " not in second.stderr
 
 
 def test_a_sum_that_overflows_is_told_from_its_parts(

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_in_two
 from safetensors.torch import load_file
 from toy import rows, write_base, write_recipe, write_rows
 
@@ -272,6 +273,35 @@ def test_the_trial_changes_nothing(job: Run, tmp_path: Path, monkeypatch: pytest
         found.append((len(tried), weights_of(tmp_path / f"run{share:g}" / "run")))
     assert found[1][0] > found[0][0]
     assert found[0][1] == found[1][1]
+
+
+def test_two_processes_agree_on_the_size(tmp_path: Path, base: Path, job: Run) -> None:
+    """Where the second of two processes has less room, both make smaller passes from then on, with the losses of one
+    process that has room for all, to 1e-6."""
+    changes = {"data__eval": None, "train__save_every": 1}
+    program = (
+        "import os, sys, torch\n"
+        "from lora_cli.objectives.sft import Sft\n"
+        "original = Sft.loss_sum\n"
+        "def loss_sum(self, model, batch):\n"
+        "    if os.environ['RANK'] == '1' and batch.input_ids.numel() > 60: raise MemoryError\n"
+        "    return original(self, model, batch)\n"
+        "Sft.loss_sum = loss_sum\n"
+        "from lora_cli.cli import train_main\n"
+        "raise SystemExit(train_main([sys.argv[1]]))\n"
+    )
+    job("alone", **changes)
+    both = run_in_two(program, str(write_recipe(tmp_path / "two", base, **changes)))
+    assert [one.returncode for one in both] == [0, 0], both[0].stderr + both[1].stderr
+    assert state_of(tmp_path / "two/run", 10)["micro_batch_tokens"] <= 60
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / f"{name}/run/metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("alone", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
