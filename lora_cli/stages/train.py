@@ -70,7 +70,7 @@ def run(
         log.open_metrics(folder, keep_steps=state.step)
         log.start_progress(step.total, state.step)
         step.try_out()
-        _take_steps(step, prepared.eval, save, log)
+        _take_steps(settings, step, prepared.eval, save, log)
     log.stop_progress()
     if keep_best and state.best_step is not None:
         step.restore(checkpoints, state.best_step)
@@ -79,9 +79,11 @@ def run(
     return _trained(state, stopped_early=_out_of_patience(settings, state))
 
 
-def _take_steps(step: GradientStep, heldout: Examples | None, save: Callable[[], None], log: Log) -> None:
+def _take_steps(
+    settings: Train, step: GradientStep, heldout: Examples | None, save: Callable[[], None], log: Log
+) -> None:
     """Make the steps that are left, and between them what is due; `save` writes what is not in a checkpoint yet."""
-    settings, state, rt, total = step.settings, step.state, step.rt, step.total
+    state, rt, total = step.state, step.rt, step.total
     heldout_size = PassSize(step.tokens, "train.micro_batch_tokens", REMEDY, log.line)
     while True:
         if heldout is not None and _evaluation_is_due(settings, state):
