@@ -7,7 +7,6 @@ process speaks.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -48,11 +47,7 @@ class Log:
         path = folder / METRICS_FILE
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= keep_steps] if keep_steps else []
-        if kept != lines:
-            # By one rename: who is killed meanwhile keeps the lines of the steps that are not made again.
-            staging = folder / f".tmp-{METRICS_FILE}"
-            staging.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(staging, path)
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._metrics = path.open("a", encoding="utf-8")
 
     def metrics(self, values: dict[str, Any]) -> None:
