@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_in_two
@@ -27,6 +28,7 @@ from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.memory import is_out_of_memory
 from lora_cli.objectives.sft import Sft
 from lora_cli.recipe.load import load_recipe
+from lora_cli.runtime import order
 from lora_cli.stages import _gradient_step
 from lora_cli.types import Batch
 
@@ -239,6 +241,18 @@ def test_generation_goes_on_in_parts(
     ]
     assert answers[0] == answers[1]
     assert "evaluate.batch_tokens: 11 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 100), (0, 2), (3, 100), (5, 6), (7, 9), (11, 100)])
+def test_the_step_of_the_longest_row_is_found(first: int, last: int) -> None:
+    """It is the one that a search through the rows of every step to the end of the epoch finds."""
+    lengths = np.random.Generator(np.random.PCG64(3)).permutation(43)
+    found = order.step_of_longest(lengths, first, last, batch_size=7, seed=5)
+    steps = range(first, min(last, 7 * (first // 7 + 1)))  # 7 steps an epoch, the last of one row
+    longest = {
+        step: max(lengths[order.rows_of_step(step, num_rows=43, batch_size=7, seed=5)]) for step in steps
+    }
+    assert found == max(longest, key=lambda step: longest[step])
 
 
 def test_the_longest_row_is_tried_first(
