@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -65,9 +66,11 @@ class Process:
 
     def wait_for(self, seen: Callable[[], object]) -> None:
         """Return once something is seen; the process may have ended by then."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not seen() and self.process.poll() is None:
-            assert time.monotonic() < deadline, self.lines
+            if time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError(self.lines)
             time.sleep(0.0005)
 
     def says(self, pattern: str) -> bool:
@@ -77,7 +80,7 @@ class Process:
     def end(self, number: int) -> tuple[int, str]:
         """Send a signal, and return the exit code and what stands on stderr."""
         self.process.send_signal(number)
-        code = self.process.wait(60)
+        code = self.process.wait(120)
         self._reader.join(10)
         assert self.process.stderr is not None
         return code, self.process.stderr.read()
@@ -133,7 +136,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     found = Job(folder, write_base(folder / "base"), {})
     recipe = found.recipe(folder / "straight")
     process = Process([sys.executable, "-m", "lora_cli", str(recipe)], folder / "cache")
-    assert process.process.wait(120) == 0, process.process.stderr
+    assert process.process.wait(300) == 0, process.process.stderr
     found.results = results_of(folder / "straight" / "run")
     return found
 
@@ -163,11 +166,19 @@ def test_a_signal_in_any_phase_loses_at_most_a_step(
     phase, (seen, most) = list(PHASES.items())[case % len(PHASES)]
     number = (signal.SIGINT, signal.SIGTERM)[(case + case // len(PHASES)) % 2]
     cache = tmp_path / "cache" if phase == "tokenization" else job.folder / "cache"
-    recipe, run = job.recipe(tmp_path), tmp_path / "run"
-    process = Process([sys.executable, "-m", "lora_cli", str(recipe)], cache)
-    process.wait_for(lambda: seen(run, cache, process))
-    time.sleep(draw.uniform(0, most))
-    code, errors = process.end(number)
+    for _ in range(5):
+        recipe, run = job.recipe(tmp_path), tmp_path / "run"
+        process = Process([sys.executable, "-m", "lora_cli", str(recipe)], cache)
+        process.wait_for(lambda process=process, run=run: seen(run, cache, process))
+        time.sleep(draw.uniform(0, most))
+        code, errors = process.end(number)
+        if code or not process.says("^done: "):
+            break
+        # On a machine under load the signal may come after the end: once more, sooner.
+        most /= 2
+        shutil.rmtree(run)
+        if cache != job.folder / "cache":
+            shutil.rmtree(cache)
     assert code == 128 + number, (phase, process.lines, errors)
     assert re.fullmatch(rf"error: stopped by signal {int(number)}[ ,].*\n", errors), (phase, errors)
     assert not list(tmp_path.rglob(".tmp-*")), phase
@@ -207,7 +218,7 @@ def test_workers_end_with_the_command(job: Job, tmp_path: Path) -> None:
     # As Ctrl-C does: to every process of the terminal's group.
     for pid in [process.process.pid, *children]:
         os.kill(pid, signal.SIGINT)
-    code = process.process.wait(60)
+    code = process.process.wait(120)
     assert process.process.stderr is not None
     assert (code, process.process.stderr.read()) == (
         130,
