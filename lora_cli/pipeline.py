@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lora_cli import failpoints, objectives
+from lora_cli import failpoints, interrupts, objectives
 from lora_cli.adapters import Method
 from lora_cli.data.chosen_tokens import require_used
 from lora_cli.data.render import settle_special_tokens
@@ -106,7 +106,8 @@ def train(
             lambda: _space.require_for_run(recipe, folder, base, model, method, total, goes_on=goes_on)
         )
         rt.barrier()  # no process may look for a checkpoint after the main one has begun to write
-        rt.in_main(lambda: folder.begin(dump_recipe(recipe), fresh=not goes_on))
+        with interrupts.deferred():  # half-way through, a folder is neither the old run's nor a new one's
+            rt.in_main(lambda: folder.begin(dump_recipe(recipe), fresh=not goes_on))
         # The recipe's file is the main process' alone: the others may be on another disk.
         made_of = {
             "recipe_sha256": folder.recipe_sha256() if rt.is_main else "",
@@ -141,7 +142,8 @@ def train(
 
         summary = report.complete(summary, differences, seconds, rt.device)
         if rt.is_main:
-            folder.write_summary(summary)
+            with interrupts.deferred():
+                folder.write_summary(summary)
         log.line(f"done: {folder.path}, {sum(seconds.values()):.0f} s")
         check_gates(gates, scores.tuned)
         return summary
@@ -338,12 +340,14 @@ def _export(
 @contextmanager
 def _started(recipe: Recipe) -> Iterator[tuple[Runtime, Log]]:
     failpoints.armed()  # a wrong name is told before anything is read
-    with resource_faults(), dist.start(recipe.run.device) as rt, Log(speaks=rt.is_main) as log:
+    started = dist.start(recipe.run.device, deterministic=recipe.run.deterministic)
+    with resource_faults(), started as rt, Log(speaks=rt.is_main) as log:
         yield rt, log
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    interrupts.check()
     started = time.perf_counter()
     yield
     seconds[stage] = round(time.perf_counter() - started, 3)

@@ -218,6 +218,8 @@ class Trained:
     tokens_per_second: float
     best_step: int | None = None
     stopped_early: bool = False
+    skipped: int = 0
+    """Steps that were not applied, as they stood out."""
 
 
 Scores = dict[str, float]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def test_a_signal_at_the_last_moment_counts(
     def late(self: Runtime, work: Callable[[], None]) -> None:
         original(self, work)
         if (tmp_path / "run" / "checkpoints").exists():
-            self.stop_signal = 15
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Runtime, "in_main", late)
     with pytest.raises(Stopped, match="after step 10 of 10, saved"):

@@ -34,7 +34,7 @@ FLOORS = {
     "errors": 0,
 }
 """First part of the name below lora_cli -> floor. Others: see SHARED."""
-SHARED = ("disk", "failpoints", "manifest", "paths", "publish", "seeding")
+SHARED = ("disk", "failpoints", "interrupts", "manifest", "paths", "publish", "seeding")
 """Leaves without a floor: every floor may import them, they import only `errors` and each other."""
 HELPERS = ("_base", "_low_rank", "_peft", "_portable", "_targets", "_whole")
 """What every adapter method may import; `_NAME_*` belongs to the method NAME alone."""

@@ -1,51 +1,51 @@
-"""The command line: `lora-train`, `lora-eval`, `lora-merge`, and `lora` with these and more as subcommands.
+"""`lora`, `lora-train`, `lora-eval`, `lora-merge`: each returns its exit code.
 
-Each command reads the recipe, has everything checked that can be checked without torch, calls `pipeline` and
-returns an exit code. Nothing here imports torch before the recipe is known to be good.
+The commands are imported when one is called, and signals are handled before that: Ctrl-C in the first moment of a
+command shows no traceback either.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 
-import typer
-
-from lora_cli.cli import data, evaluate, inspect, merge, recipe, train
-from lora_cli.cli.exits import new_app, run
-from lora_cli.cli.version import version_option
+from lora_cli import interrupts
 
 __all__ = ["eval_main", "main", "merge_main", "train_main"]
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """Run `lora-train` and return its exit code."""
-    return run(_single(train.train), "lora-train", arguments)
+    return _run("lora-train", arguments)
 
 
 def eval_main(arguments: Sequence[str] | None = None) -> int:
     """Run `lora-eval` and return its exit code."""
-    return run(_single(evaluate.evaluate), "lora-eval", arguments)
+    return _run("lora-eval", arguments)
 
 
 def merge_main(arguments: Sequence[str] | None = None) -> int:
     """Run `lora-merge` and return its exit code."""
-    return run(_single(merge.merge), "lora-merge", arguments)
+    return _run("lora-merge", arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `lora` and return its exit code."""
-    app = new_app()
-    app.callback()(version_option)
-    app.command("train")(train.train)
-    app.command("eval")(evaluate.evaluate)
-    app.command("merge")(merge.merge)
-    app.command("data")(data.data)
-    app.command("inspect")(inspect.inspect)
-    app.add_typer(recipe.app(), name="recipe")
-    return run(app, "lora", arguments)
+    return _run("lora", arguments)
 
 
-def _single(command: train.Command) -> typer.Typer:
-    app = new_app()
-    app.command()(command)
-    return app
+def _run(name: str, arguments: Sequence[str] | None) -> int:
+    """Run a command on the arguments given, or on those of the process, which then ends with it."""
+    try:
+        with interrupts.handled():
+            from lora_cli.cli import commands, exits
+
+            return exits.run(commands.app(name), name, arguments)
+    except interrupts.Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
+            print(f"error: {stop}", file=sys.stderr)
+        return stop.exit_code
+    finally:
+        if arguments is None:
+            interrupts.let_go()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-from lora_cli import disk
+from lora_cli import disk, interrupts
 from lora_cli.errors import LoraError, ResourceError
 
 LOG_NAME = "lora-cli-error.log"
@@ -41,7 +41,11 @@ def new_app() -> typer.Typer:
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run an app on the command line's arguments (or the ones given) and return the exit code."""
+    """Run an app on the command line's arguments (or the ones given) and return the exit code.
+
+    Raises:
+        Interrupted: a signal came outside of the pipeline.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not stop a run
@@ -52,11 +56,10 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
         code = command.main(args=args, prog_name=name, standalone_mode=False)
     except LoraError as error:
         return _report(error.lines, error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        return 130
     except MemoryError:
         return _report(["out of memory (lower train.micro_batch_tokens)"], ResourceError.exit_code)
     except Exception as error:  # noqa: BLE001 - where every fault of ours ends; nobody is above
+        interrupts.check()  # what a signal breaks in other processes is no fault
         if isinstance(error, _UsageFault):
             return _report([_usage_line(error, name)], 2)
         if isinstance(error, OSError) and error.errno in disk.NUMBERS:

@@ -113,8 +113,12 @@ class CacheWriter:
         try:
             sweep(self._folder.parent)
             self._staging = Staging(self._folder)
-            self._tokens: IO[bytes] = (self._staging.path / "tokens.bin").open("wb")
-            self._trained: IO[bytes] = (self._staging.path / "trained.bin").open("wb")
+            try:
+                self._tokens: IO[bytes] = (self._staging.path / "tokens.bin").open("wb")
+                self._trained: IO[bytes] = (self._staging.path / "trained.bin").open("wb")
+            except BaseException:  # a signal too: nothing else would remove the folder yet
+                self._staging.discard()
+                raise
         except OSError as error:
             raise _write_fault(self._folder, error) from error
         return self

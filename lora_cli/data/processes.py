@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from lora_cli import interrupts
 from lora_cli.data.tokenize import Outcome, Task, Tokenization
 from lora_cli.errors import ResourceError
 from lora_cli.publish import sweep
@@ -29,9 +30,6 @@ def _start(
 ) -> None:
     global _worker
     os.environ["RAYON_NUM_THREADS"] = str(threads)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of the terminal; the main one decides
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -48,6 +46,16 @@ def _serve(task: Task) -> Outcome:
     return _worker.run(task)
 
 
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Keep Ctrl-C, which reaches every process of the terminal, from those started within: the main one decides."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Generator[Outcome, None, None]:
     """Yield the outcome of each task in order; several at a time where there are several, and cores for them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -61,7 +69,9 @@ def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Generator[Outc
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start, (*settings, max(1, cores // workers)))
     try:
-        yield from pool.map(_serve, tasks)
+        with interrupts.deferred(), _deaf_children():
+            outcomes = pool.map(_serve, tasks)
+        yield from outcomes
         pool.shutdown()
     except BaseException as fault:
         workers_left = multiprocessing.active_children()
@@ -72,6 +82,7 @@ def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Generator[Outc
         for process in workers_left:
             process.join()
         sweep(tasks[0].folder.parent)  # what they were writing
+        interrupts.check()  # a signal to the whole group ends the workers too
         # Of the same thread comes an OSError without a number, where rows are still handed out.
         if isinstance(fault, BrokenProcessPool) or (isinstance(fault, OSError) and fault.errno is None):
             raise ResourceError(

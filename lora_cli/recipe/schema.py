@@ -101,6 +101,10 @@ class Train(Section):
     """AdamW's term against division by zero."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Gradients are scaled down to this global norm. null: no clipping."""
+    skip_spikes: Annotated[float, Field(ge=2.0, le=1000.0)] | None = None
+    """Do not apply a step whose loss or gradient norm is more than so many standard deviations above the mean of the
+    last 128 applied steps; from 64 of these on. 6 is usual. More than 10 skipped in a row end the run. null: apply
+    all."""
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl and of the plain log; the first and the last step are logged besides."""
     eval_every: PositiveInt | None = None
@@ -161,6 +165,8 @@ class Run(Section):
     """Adapter initialisation, row order, dropout and stochastic rounding are functions of it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
+    deterministic: bool = False
+    """Compute on a GPU by algorithms that repeat their bits, some of them slower. A CPU repeats them anyway."""
 
 
 class Recipe(Section):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,15 @@ class State:
     best_step: int | None = None
     best_loss: float | None = None
     evaluations_since_best: int = 0
+    evaluated_step: int = 0
+    """Step of the last held-out loss: a run that was stopped while it took one makes up for it."""
+    micro_batch_tokens: int | None = None
+    """Where less fits into memory than the recipe wants: tokens of a forward pass."""
+    skipped: int = 0
+    """Steps that were not applied, as they stood out; `recent_*` are of the last steps that were."""
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
 
 
 def exports_best(settings: Train) -> bool:

@@ -2,33 +2,36 @@
 
 Data parallelism needs no wrapper here: the loss is a sum, each process adds its rows' gradients, and one all-reduce
 before the update makes the total. gloo on CPU, NCCL on CUDA.
+
+Signals are handled in `interrupts.py`; here the processes agree on whether one of them was asked to stop.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+from lora_cli import interrupts
 from lora_cli.errors import InputError, LoraError, Stopped
+
+_EXACT_WORKSPACES = (":4096:8", ":16:8")
+"""Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats its bits."""
 
 
 @dataclass
 class Runtime:
-    """This process among `world_size`; `stop_signal` is the signal number that asks the run to save and end."""
+    """This process among `world_size`."""
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
-    stop_signal: int = field(default=0, init=False)
 
     @property
     def is_main(self) -> bool:
@@ -80,60 +83,86 @@ class Runtime:
                 torch.distributed.broadcast(whole, src=0)
                 tensor.copy_(whole)
 
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Return the values of every process by its rank, equally many of each, in float64."""
+        slots = [0.0] * (len(values) * self.world_size)
+        slots[self.rank * len(values) : (self.rank + 1) * len(values)] = values
+        every = self.sum(slots)
+        return [every[first : first + len(values)] for first in range(0, len(every), len(values))]
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this process was asked to stop; another one may not have been yet."""
+        return interrupts.asked() != 0
+
     def stop_requested(self) -> int:
         """Return the number of a signal that any process was asked to stop by, the same in all of them; 0 for none."""
-        (asked,) = self.sum([float(self.stop_signal != 0)])
-        return (self.stop_signal or signal.SIGTERM) if asked else 0
-
-    @contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """Within it SIGINT and SIGTERM only set `stop_signal`; a second one acts at once."""
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self.stop_signal = number
-            for each in previous:
-                signal.signal(each, signal.SIG_DFL)
-
-        for number in previous:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        return max(int(number) for (number,) in self.gather([float(interrupts.asked())]))
 
 
 @contextmanager
-def start(device: str) -> Iterator[Runtime]:
+def start(device: str, *, deterministic: bool = False) -> Iterator[Runtime]:
     """Join the process group that torchrun announces in the environment, or be the only process.
 
-    SIGTERM becomes an exception meanwhile, so that what is half written is removed, as it is after SIGINT.
+    With `deterministic` torch computes by algorithms that repeat their bits on a GPU; on a CPU it does so anyway.
 
     Raises:
-        InputError: `cuda` was asked for and there is none.
-        Stopped: SIGTERM came outside of training.
+        InputError: `cuda` was asked for and there is none, or an operation has no deterministic algorithm.
+        Stopped: SIGINT or SIGTERM came where nothing deferred it.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("run.device: cuda was asked for, but no CUDA device is available (use cpu or auto)")
-    if device != "cpu" and torch.cuda.is_available():
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(chosen)
-    else:
-        chosen = torch.device("cpu")
-    previous = signal.signal(signal.SIGTERM, _raise_stopped)
-    if world_size > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=60))
     try:
-        yield Runtime(chosen, rank, world_size)
+        with interrupts.handled(), _deterministic(deterministic):
+            chosen = _device(device)
+            if world_size > 1:
+                backend = "nccl" if chosen.type == "cuda" else "gloo"
+                torch.distributed.init_process_group(backend, timeout=timedelta(minutes=60))
+            try:
+                yield Runtime(chosen, rank, world_size)
+            except LoraError:
+                raise
+            except Exception:
+                # Of processes that are stopped together, one that waits for another finds it gone.
+                interrupts.check()
+                raise
+            finally:
+                if world_size > 1:
+                    torch.distributed.destroy_process_group()
+    except interrupts.Interrupted as stop:
+        raise Stopped(str(stop), stop.number) from None
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("run.device: cuda was asked for, but no CUDA device is available (use cpu or auto)")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    # cuBLAS reads it once, when CUDA starts in this process.
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in _EXACT_WORKSPACES:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = _EXACT_WORKSPACES[0]
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise InputError(
+            f"run.deterministic: found true, but {str(error).partition(',')[0]} (use false)"
+        ) from error
     finally:
-        if world_size > 1:
-            torch.distributed.destroy_process_group()
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _raise_stopped(number: int, frame: FrameType | None) -> None:
-    raise Stopped(f"stopped by signal {number}, nothing was left half-written", number)
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]

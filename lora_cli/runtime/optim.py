@@ -201,6 +201,11 @@ class MasterAdamW:
         if stored is not None:
             stored.write(moments["exp_avg"], moments["exp_avg_sq"])
 
+    def bytes_to_come(self) -> int:
+        """Return how many bytes the moments will take that no update has made yet; scales and small weights aside."""
+        of_value = 2 if self.eight_bit else 8
+        return sum(each.master.numel() * of_value for each in self.weights.values() if each.moments is None)
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for weight in self.weights.values():

@@ -30,6 +30,15 @@ def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int) -> lis
     return [int(row) for row in rows]
 
 
+def step_of_longest(
+    lengths: npt.NDArray[np.int64], first: int, last: int, *, batch_size: int, seed: int
+) -> int:
+    """Return which step from `first` to the end of its epoch, and before `last`, has the longest row; lengths (R,)."""
+    epoch, index = divmod(first, steps_per_epoch(len(lengths), batch_size))
+    rows = _permutation(len(lengths), seed, epoch)[index * batch_size :][: (last - first) * batch_size]
+    return first + int(np.argmax(lengths[rows])) // batch_size
+
+
 @functools.lru_cache(maxsize=1)
 def _permutation(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(stream_seed(seed, "order", epoch))).permutation(num_rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_cli.models.memory import peak_memory
 from lora_cli.recipe.data_block import CHOICES
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
@@ -38,6 +38,8 @@ def summarize(
         "steps": trained.steps,
         "best_step": trained.best_step,
         "stopped_early": trained.stopped_early,
+        "skipped_steps": trained.skipped,
+        "deterministic": recipe.run.deterministic,
         "trainable_parameters": trainable,
         "tokens": trained.tokens,
         "trained_tokens": trained.trained_tokens,
@@ -62,13 +64,6 @@ def complete(
         "peak_memory_bytes": peak_memory(device),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most memory this process has held, in bytes: of the GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def model_card(summary: dict[str, Any], recipe: Recipe) -> str:

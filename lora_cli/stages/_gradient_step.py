@@ -1,12 +1,13 @@
 """The gradient step: all micro-batches of one optimizer step, on all processes, and the update.
 
 The objective gives sums; they are divided by the units of the whole step, over micro-batches and processes, before
-the backward pass. So a step's gradient does not depend on how its rows are split.
+the backward pass. So a step's gradient does not depend on how its rows are split. `_micro_batches.py` makes the passes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -21,10 +22,15 @@ from lora_cli.runtime.checkpoint import Checkpoints, State
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Stopwatch
 from lora_cli.runtime.optim import MasterAdamW
-from lora_cli.seeding import stream_seed
-from lora_cli.types import Batch, Examples, Progress
+from lora_cli.stages import _spikes
+from lora_cli.stages._micro_batches import MicroBatches, Passes
+from lora_cli.types import Example, Examples, Progress
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+_NAMED = 5
+"""Rows that a message names."""
+_TRIAL_SHARE = 0.01
+"""Part of a run's tokens up to which its longest passes are tried out on a CPU."""
 
 
 class GradientStep:
@@ -39,15 +45,17 @@ class GradientStep:
         examples: Examples,
         seed: int,
         rt: Runtime,
+        log: Callable[[str], None],
     ) -> None:
         self.settings, self.model, self.method, self.objective = settings, model, method, objective
-        self.examples, self.seed, self.rt = examples, seed, rt
+        self.examples, self.seed, self.rt, self.log = examples, seed, rt, log
         self.state = State()
         self.total = order.total_steps(
             len(self.examples), settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps
         )
         self.warmup = schedule.warmup_steps(settings.warmup, self.total)
         self.tokens = batch_tokens(settings.micro_batch_tokens, model, at_most=MICRO_BATCH_TOKENS)
+        """Tokens of a forward pass as the recipe has it."""
         self.optimizer = MasterAdamW(
             {},
             betas=settings.betas,
@@ -57,52 +65,52 @@ class GradientStep:
             keep_masters=method.keep_masters,
             seed=seed,
         )
+        self.passes = MicroBatches(
+            model, method, objective, examples, self.optimizer, self.tokens, seed, rt, log
+        )
         self._follow_method()
 
     def take(self) -> dict[str, float]:
-        """Make one update and return the step's metrics.
+        """Make one update and return the step's metrics; empty, with nothing changed, where a process is to stop.
 
         Raises:
-            DivergedError: the loss or gradient norm is not finite, on any process; nothing was updated.
+            DivergedError: the loss or gradient norm is not finite, on any process; nothing was updated. Or too many
+                steps in a row stood out.
+            ResourceError: a single row does not fit into memory.
         """
         watch, state, rt = Stopwatch(), self.state, self.rt
-        rows = order.rows_of_step(
-            state.step, num_rows=len(self.examples), batch_size=self.settings.batch_size, seed=self.seed
-        )
         progress = Progress(state.step, self.total)
-        mine = [(row, self.examples[row]) for row in rows[rt.rank :: rt.world_size]]
-        batches = self.objective.micro_batches(self.model, mine, progress, tokens=self.tokens)
+        mine = self._rows_of(state.step)
+        batches = self.passes.split(mine, progress)
         counts = [sum(map(self.objective.units, batches)), sum(len(example.input_ids) for _, example in mine)]
         units, tokens = rt.sum(counts)
-        loss, suspect = self._backward(batches, max(units, 1.0))
-        rt.sum_tensors(self.optimizer.gradients())
+        passes = self.passes.add_up(mine, batches, progress, max(units, 1.0))
         # The sum carries a NaN of any process to all of them, so all stop at the same step.
-        (loss,) = rt.sum([loss])
+        loss, stopping = rt.sum([passes.loss, float(rt.stopping)])
+        if stopping:
+            self.optimizer.zero_grad()
+            return {}
+        rt.sum_tensors(self.optimizer.gradients())
         norm = self.optimizer.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
-            where = "the gradient, or another process' rows"
-            if suspect:
-                first = [self.examples.where(row) for row in sorted(suspect.rows)[:5]]
-                where = f"one of {len(suspect.rows)} rows: {', '.join(first)}" + ", ..." * (
-                    len(suspect.rows) > 5
-                )
-            raise DivergedError(
-                f"step {state.step + 1}: the loss is {loss:g} and the gradient norm {float(norm):g}, from {where};"
-                " the update was not applied (lower train.learning_rate, or look at these rows)"
-            )
-        if self.settings.max_grad_norm is not None:
-            self.optimizer.clip(norm, self.settings.max_grad_norm)
+            raise self._diverged(passes, max(units, 1.0), loss, float(norm))
         rate = self.learning_rate()
-        self.optimizer.step(rate)
+        if self._stands_out(loss, float(norm)):
+            torch._foreach_zero_(self.optimizer.gradients())  # what the method does at a step may need some
+        else:
+            if self.settings.max_grad_norm is not None:
+                self.optimizer.clip(norm, self.settings.max_grad_norm)
+            self.optimizer.step(rate)
         self.method.after_step(self.optimizer, progress)
         self.optimizer.zero_grad()
         self._follow_method()
+        self._agree_on_size()
         seconds = watch.lap()
         state.step += 1
         state.tokens += int(tokens)
         state.trained_tokens += int(units)
         state.seconds += seconds
-        return {
+        metrics = {
             "step": state.step,
             "loss": loss,
             "learning_rate": rate,
@@ -111,6 +119,29 @@ class GradientStep:
             "trained_tokens": state.trained_tokens,
             "tokens_per_second": tokens / seconds,
         }
+        return metrics | ({"skipped": state.skipped} if self.settings.skip_spikes is not None else {})
+
+    def try_out(self) -> None:
+        """Make the longest passes to come, so that one that does not fit into memory fails before the first update.
+
+        On a CPU, where a pass costs what it costs in training, only if that is little of the run. No weight, count or
+        random stream is changed.
+
+        Raises:
+            ResourceError: a single row does not fit.
+        """
+        state, batch_size, lengths = self.state, self.settings.batch_size, self.examples.lengths
+        if state.step >= self.total:
+            return
+        longest = order.step_of_longest(
+            lengths, state.step, self.total, batch_size=batch_size, seed=self.seed
+        )
+        rows = self._rows_of(longest)
+        costs = min(2 * self.passes.size.tokens, sum(len(example.input_ids) for _, example in rows))
+        to_come = float(lengths.mean()) * batch_size * (self.total - state.step)
+        if rows and (self.model.device.type != "cpu" or costs <= _TRIAL_SHARE * to_come):
+            self.passes.try_out(rows, Progress(longest, self.total))
+        self._agree_on_size()
 
     def restore(self, checkpoints: Checkpoints, step: int) -> State:
         """Put method and optimizer where a checkpoint has them, and return its state.
@@ -122,6 +153,7 @@ class GradientStep:
         self.method.load_state_dict(method)  # first: what is trained may depend on it
         self._follow_method()
         self.optimizer.load_state_dict(optimizer)
+        self.passes.size.tokens = min(self.tokens, state.micro_batch_tokens or self.tokens)
         return state
 
     def learning_rate(self) -> float:
@@ -150,19 +182,43 @@ class GradientStep:
                 },
             )
 
-    def _backward(self, batches: list[Batch], units: float) -> tuple[float, Batch | None]:
-        """Add the gradients of this process; return its share of the mean loss, and a batch that is not finite."""
-        self.model.model.train()
-        total, suspect = 0.0, None
-        for micro_step, batch in enumerate(batches):
-            torch.manual_seed(stream_seed(self.seed, "dropout", self.state.step, micro_step, self.rt.rank))
-            loss, _ = self.objective.loss_sum(self.model, batch)
-            (loss / units).backward()
-            value = float(loss.detach()) / units
-            suspect = suspect if math.isfinite(value) else batch
-            total += value
-        penalty = self.method.penalty()
-        if penalty is not None:
-            # Every process adds the same term; its gradient must count once in the sum.
-            (penalty / self.rt.world_size).backward()
-        return total, suspect
+    def _rows_of(self, step: int) -> list[tuple[int, Example]]:
+        """Return this process' rows of a step."""
+        rows = order.rows_of_step(
+            step, num_rows=len(self.examples), batch_size=self.settings.batch_size, seed=self.seed
+        )
+        return [(row, self.examples[row]) for row in rows[self.rt.rank :: self.rt.world_size]]
+
+    def _agree_on_size(self) -> None:
+        """Make the passes of all processes as small as those of the one with the least room, and remember it."""
+        size = self.passes.size
+        size.tokens = int(min(tokens for (tokens,) in self.rt.gather([size.tokens])))
+        self.state.micro_batch_tokens = size.tokens if size.tokens < self.tokens else None
+
+    def _stands_out(self, loss: float, norm: float) -> bool:
+        """Say whether the step is a spike that the recipe wants skipped, and keep count."""
+        if self.settings.skip_spikes is None:
+            return False
+        found = _spikes.skip(self.state, loss, norm, self.settings.skip_spikes)
+        if found:
+            self.log(
+                f"step {self.state.step + 1:>6}  skipped: loss {loss:.4f}, gradient norm {norm:.3f},"
+                f" {found:.1f} standard deviations above the steps before"
+            )
+        return found > 0
+
+    def _diverged(self, passes: Passes, units: float, loss: float, norm: float) -> DivergedError:
+        """Return the fault of a step that is not finite, which names the rows of the micro-batch that it came from."""
+        suspect = self.passes.not_finite(passes, self.state.step, units)
+        rows = sorted(suspect.rows) if suspect is not None else []
+        named = [float(row) for row in rows[:_NAMED]]
+        told = self.rt.gather([len(rows), *named, *[0.0] * (_NAMED - len(named))])
+        count, *first = next((one for one in told if one[0]), [0.0])
+        where = "the sum of the micro-batches, each of which is finite"
+        if count:
+            names = [self.examples.where(int(row)) for row in first[: int(count)]]
+            where = f"one of {int(count)} rows: {', '.join(names)}" + ", ..." * (count > _NAMED)
+        return DivergedError(
+            f"step {self.state.step + 1}: the loss is {loss:g} and the gradient norm {norm:g}, from {where};"
+            " the update was not applied (lower train.learning_rate, or look at these rows)"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rich.table import Table
 from lora_cli.disk import writing
 from lora_cli.errors import DivergedError, InputError
 from lora_cli.models.adapted import AdaptedModel
+from lora_cli.models.memory import PassSize, attempt
 from lora_cli.objectives import Objective
 from lora_cli.objectives._base import batch_tokens
 from lora_cli.objectives._heldout import heldout_sums
@@ -28,6 +30,8 @@ from lora_cli.runtime.log import Log
 from lora_cli.types import Evaluated, Example, Examples, Prepared, Scores
 
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+REMEDY = "lower data.max_length or evaluate.max_new_tokens, or set model.quantize: nf4"
+"""What makes a pass of one row smaller."""
 GENERATIONS_FILE = "generations.jsonl"
 
 
@@ -48,11 +52,13 @@ def run(
 
     Raises:
         DivergedError: a held-out loss is not finite.
+        ResourceError: one row does not fit into memory; passes of several rows that do not are split.
     """
     if prepared.eval is None:
         return Evaluated({}, {})
     tokens = batch_tokens(settings.batch_tokens, model, at_most=BATCH_TOKENS)
-    scorer = _Scorer(settings, model, objective, prepared, prepared.eval, tokens, rt, log)
+    size = PassSize(tokens, "evaluate.batch_tokens", REMEDY, log.line)
+    scorer = _Scorer(settings, model, objective, prepared, prepared.eval, size, rt, log)
     base: Scores = {}
     base_answers: list[str] = []
     if with_base:
@@ -112,12 +118,12 @@ class _Scorer:
         objective: Objective,
         prepared: Prepared,
         examples: Examples,
-        tokens: int,
+        size: PassSize,
         rt: Runtime,
         log: Log,
     ) -> None:
         self.settings, self.model, self.objective, self.prepared = settings, model, objective, prepared
-        self.examples, self.tokens, self.rt, self.log = examples, tokens, rt, log
+        self.examples, self.size, self.rt, self.log = examples, size, rt, log
         self.generated: list[tuple[int, np.ndarray, str]] = []
         self.max_new_tokens = 1
         if "exact_match" in settings.metrics:
@@ -172,7 +178,7 @@ class _Scorer:
             self.examples,
             rank=self.rt.rank,
             world_size=self.rt.world_size,
-            tokens=self.tokens,
+            size=self.size,
         )
         self.log.stop_progress()
         loss_sum, units, correct = self.rt.sum([sums["loss"], sums["units"], sums.get("correct", 0.0)])
@@ -194,13 +200,23 @@ class _Scorer:
         todo = sorted(range(len(self.generated)), key=lambda index: -len(self.generated[index][1]))
         self.log.start_progress(len(todo), 0, f"answers of {name}")
         done = 0
-        for batch in self._batches(todo)[self.rt.rank :: self.rt.world_size]:
-            continuations = self.model.generate(
-                [self.generated[index][1] for index in batch],
-                max_new_tokens=self.max_new_tokens,
-                stop_ids=self.prepared.stop_ids,
-                pad_id=self.prepared.pad_id,
-            )
+        waiting = deque(self._batches(todo[self.rt.rank :: self.rt.world_size]))
+        while waiting:
+            batch = waiting.popleft()
+            prompts = [self.generated[index][1] for index in batch]
+            with attempt() as tried:
+                continuations = self.model.generate(
+                    prompts,
+                    max_new_tokens=self.max_new_tokens,
+                    stop_ids=self.prepared.stop_ids,
+                    pad_id=self.prepared.pad_id,
+                )
+            if tried.failed:
+                lengths = [len(prompt) + self.max_new_tokens for prompt in prompts]
+                where = self.examples.where(self.generated[batch[0]][0])
+                self.size.halve_pass(lengths, max(lengths) * len(batch), where, self.rt.device)
+                waiting.extendleft(reversed(self._batches(batch)))
+                continue
             for index, ids in zip(batch, continuations, strict=True):
                 tokens[index, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
             done += len(batch)
@@ -213,7 +229,7 @@ class _Scorer:
         batches: list[list[int]] = []
         for index in indices:
             longest = len(self.generated[batches[-1][0]][1]) if batches else 0
-            if batches and (longest + self.max_new_tokens) * (len(batches[-1]) + 1) <= self.tokens:
+            if batches and (longest + self.max_new_tokens) * (len(batches[-1]) + 1) <= self.size.tokens:
                 batches[-1].append(index)
             else:
                 batches.append([index])

@@ -35,9 +35,9 @@ class Rows(list[Example]):
         """Tokens of each row."""
         return np.array([len(row.input_ids) for row in self])
 
-    def line(self, index: int) -> int:
+    def where(self, index: int) -> str:
         """Return the row's number."""
-        return index
+        return str(index)
 
 
 def begin(
@@ -57,7 +57,7 @@ def begin(
     return (
         model,
         method,
-        GradientStep(train, adapted, method, Sft(pad_id=0), rows, 0, Runtime(torch.device("cpu"))),
+        GradientStep(train, adapted, method, Sft(pad_id=0), rows, 0, Runtime(torch.device("cpu")), print),
     )
 
 

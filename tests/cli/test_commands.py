@@ -12,6 +12,7 @@ from model_folders import write_model
 
 from lora_cli import __version__, pipeline, preflight
 from lora_cli.errors import DivergedError, GateError, InputError, ResourceError, Stopped
+from lora_cli.interrupts import Interrupted
 from lora_cli.recipe.gates import Gate
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
@@ -150,7 +151,7 @@ def test_merge_hands_over_folder_and_type(
         ),
         (GateError("missed"), 5, "error: missed\n"),
         (Stopped("saved", 15), 143, "error: saved\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (Interrupted(2), 130, "error: stopped by signal 2, nothing was left half-written\n"),
         (InputError("a\nb\x1b[0m"), 2, "error: a\\nb\\x1b[0m\n"),
     ],
 )

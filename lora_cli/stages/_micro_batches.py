@@ -1,0 +1,154 @@
+"""The passes of one process in an optimizer step: forward and backward, one micro-batch after the other.
+
+The dropout of a pass is drawn from a stream that its seed, step and rows name, so that a step that is made again, after
+a stop or in smaller passes, draws what it would have drawn.
+
+A pass that does not fit into memory ends the step: its gradients are dropped and it begins again in passes of half the
+rows, which is the step that the smaller size would have made from the start. Nothing has to be known of how far a
+failed backward pass came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lora_cli.adapters import Method
+from lora_cli.models.adapted import AdaptedModel
+from lora_cli.models.memory import PassSize, attempt
+from lora_cli.objectives import Objective
+from lora_cli.objectives._base import Rows
+from lora_cli.runtime.dist import Runtime
+from lora_cli.runtime.optim import MasterAdamW
+from lora_cli.seeding import stream_seed
+from lora_cli.types import Batch, Examples, Progress
+
+REMEDY = "lower data.max_length, or set model.quantize: nf4"
+"""What makes a pass of one row smaller."""
+
+
+@dataclass(slots=True)
+class Passes:
+    """What the passes of a step came to in one process."""
+
+    loss: float
+    """Its share of the step's mean loss."""
+    suspect: Batch | None
+    """A micro-batch whose loss is not finite."""
+    batches: list[Batch]
+
+
+class MicroBatches:
+    """Makes the passes of a step, and adds up their gradients."""
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        method: Method,
+        objective: Objective,
+        examples: Examples,
+        optimizer: MasterAdamW,
+        tokens: int,
+        seed: int,
+        rt: Runtime,
+        log: Callable[[str], None],
+    ) -> None:
+        self.model, self.method, self.objective, self.examples = model, method, objective, examples
+        self.optimizer, self.seed, self.rt = optimizer, seed, rt
+        self.size = PassSize(tokens, "train.micro_batch_tokens", REMEDY, log)
+        self._last: Batch | None = None
+        """The micro-batch whose pass was begun last."""
+
+    def split(self, rows: Rows, progress: Progress) -> list[Batch]:
+        """Return the rows as micro-batches of the size that is known to fit."""
+        return self.objective.micro_batches(self.model, rows, progress, tokens=self.size.tokens)
+
+    def add_up(self, rows: Rows, batches: list[Batch], progress: Progress, units: float) -> Passes:
+        """Add the gradients of this process' rows, each divided by the step's `units`.
+
+        Where the process is asked to stop, what has been added up is incomplete.
+
+        Raises:
+            ResourceError: a single row does not fit into memory.
+        """
+        while True:
+            with attempt() as tried:
+                passes = self._add_up(batches, progress.step, units)
+            if not tried.failed:
+                return passes
+            self._halve()
+            batches = self.split(rows, progress)
+
+    def try_out(self, rows: Rows, progress: Progress) -> None:
+        """Make the longest and the largest pass of these rows as training makes them, and forget what they computed.
+
+        Raises:
+            ResourceError: a single row does not fit into memory.
+        """
+        while True:
+            batches = self.split(rows, progress)
+            largest = {id(one): one for one in (max(batches, key=_tokens), max(batches, key=self._longest))}
+            gpus = [self.model.device] if self.model.device.type == "cuda" else []
+            with torch.random.fork_rng(gpus), attempt() as tried:
+                # What AdamW keeps from its first step on is there in every pass after it.
+                kept = torch.empty(
+                    self.optimizer.bytes_to_come(), dtype=torch.uint8, device=self.model.device
+                )
+                self._add_up(list(largest.values()), progress.step, 1.0)
+                del kept
+            self.optimizer.zero_grad()
+            if not tried.failed:
+                return
+            self._halve()
+
+    def not_finite(self, passes: Passes, step: int, units: float) -> Batch | None:
+        """Return the first micro-batch whose loss or gradient is not finite; None where only their sum is.
+
+        The passes are made again one by one, which costs a step, and this is the run's last.
+        """
+        if passes.suspect is not None:
+            return passes.suspect
+        for batch in passes.batches:
+            self.optimizer.zero_grad()
+            self._pass(batch, step, units)
+            if not math.isfinite(float(self.optimizer.gradient_norm())):
+                return batch
+        return None
+
+    def _add_up(self, batches: list[Batch], step: int, units: float) -> Passes:
+        self.model.model.train()
+        passes = Passes(0.0, None, batches)
+        for batch in batches:
+            if self.rt.stopping:
+                return passes
+            value = self._pass(batch, step, units)
+            if passes.suspect is None and not math.isfinite(value):
+                passes.suspect = batch
+            passes.loss += value
+        penalty = self.method.penalty()
+        if penalty is not None:
+            # Every process adds the same term; its gradient must count once in the sum.
+            (penalty / self.rt.world_size).backward()
+        return passes
+
+    def _pass(self, batch: Batch, step: int, units: float) -> float:
+        self._last = batch
+        torch.manual_seed(stream_seed(self.seed, "dropout", step, *batch.rows))
+        loss, _ = self.objective.loss_sum(self.model, batch)
+        (loss / units).backward()
+        return float(loss.detach()) / units
+
+    def _halve(self) -> None:
+        assert self._last is not None
+        self.optimizer.zero_grad()
+        self.size.halve(self._last, self.examples)
+
+    def _longest(self, batch: Batch) -> int:
+        return max(int(self.examples.lengths[row]) for row in batch.rows)
+
+
+def _tokens(batch: Batch) -> int:
+    return batch.input_ids.numel()
