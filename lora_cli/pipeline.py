@@ -30,12 +30,12 @@ from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import (
     DTYPES,
     base_fingerprint,
-    base_folder,
     fastest_attention,
     load_model,
     tokenizer_folder,
 )
 from lora_cli.models.safety import check_model_folder
+from lora_cli.network import closed
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime import dist, order, report
@@ -74,7 +74,7 @@ def train(
     seconds: dict[str, float] = {}
     with _started(recipe) as (rt, log), folder.lock:
         with _timed(seconds, "prepare"):
-            base = base_folder(recipe.model.base, recipe.model.revision)
+            base = opened.base(recipe, log.line)
             recipe, start = opened.settle_start(recipe, base)
             tokenizer = opened.tokenizer_for(recipe, base)
             prepared = _prepare(recipe, tokenizer, rt, log)
@@ -138,7 +138,7 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
     if not recipe.data.holds_out():
         raise InputError("data.eval: no held-out rows to score on (give data.eval=FILE)")
     with _started(recipe) as (rt, log):
-        adapter, base = opened.locate(target, recipe)
+        adapter, base = opened.locate(target, recipe, log.line)
         tokenizer, _ = opened.tokenizer_of(adapter, base)
         prepared = _held_out(recipe, tokenizer, adapter, rt, log)
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
@@ -165,7 +165,8 @@ def describe_data(recipe: Recipe, *, show: int = 0, rows: Sequence[str] = ()) ->
     `show` training rows are shown, and those that `rows` names as `file:line`.
     """
     with _started(recipe) as (rt, log):
-        folder, config = tokenizer_folder(recipe.model.base, recipe.model.revision)
+        block = recipe.model
+        folder, config = tokenizer_folder(block.base, block.revision, runs_code=block.trust_remote_code)
         recipe, _ = opened.settle_start(recipe, None)
         tokenizer, named = opened.tokenizer_for(recipe, folder), opened.named_tokens(recipe)
         every = (Conversation, Text, Pair, Labelled)
@@ -194,7 +195,7 @@ def merge(
     """
     output = output.expanduser()
     with _started(recipe) as (rt, log):
-        adapter, base = opened.locate(target, recipe)
+        adapter, base = opened.locate(target, recipe, log.line)
         if adapter is None:
             raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
         if output.exists():
@@ -226,8 +227,8 @@ def merge(
 def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
     """Return where the adaptation of a run, a PEFT folder or a model went, and whether its ranks fit."""
     with _started(recipe) as (rt, log):
-        adapter, folder = opened.locate(target, recipe)
-        base = base_folder(recipe.model.base, recipe.model.revision)
+        adapter, folder = opened.locate(target, recipe, log.line)
+        base = folder if adapter is not None else opened.base(recipe, log.line)
         settings = recipe.adapter if RunFolder(target).is_run() else None
         source: Method | PreTrainedModel
         if adapter is not None:
@@ -236,7 +237,9 @@ def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
             source = opened.load_adapter(adapter, base, model)
         else:
             # Both as the model's files have it: a base in float32 was rounded as well before a bfloat16 run.
-            dtype = DTYPES["bfloat16" if check_model_folder(folder).dtypes == ("BF16",) else "float32"]
+            runs_code = recipe.model.trust_remote_code
+            header = check_model_folder(folder, runs_code=runs_code)
+            dtype = DTYPES["bfloat16" if header.dtypes == ("BF16",) else "float32"]
             model, source = (load_model(one, dtype=dtype, device=rt.device) for one in (base, folder))
         log.line(f"inspecting {adapter or folder} on {recipe.model.base}")
         found = inspect_stage.run(source, model, settings)
@@ -320,7 +323,7 @@ def _export(
 
 @contextmanager
 def _started(recipe: Recipe) -> Iterator[tuple[Runtime, Log]]:
-    with resource_faults(), dist.start(recipe.run.device) as rt, Log(speaks=rt.is_main) as log:
+    with closed(), resource_faults(), dist.start(recipe.run.device) as rt, Log(speaks=rt.is_main) as log:
         yield rt, log
 
 

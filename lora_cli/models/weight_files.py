@@ -137,11 +137,12 @@ def stored_names(path: Path) -> dict[str, str]:
 
 
 def _weight_files(path: Path) -> list[str]:
+    # transformers asks in this order: of a folder with both it never reads the shards.
+    if (path / "model.safetensors").exists():
+        return ["model.safetensors"]
     index = path / "model.safetensors.index.json"
     if index.exists():
         return _indexed_files(path, index)
-    if (path / "model.safetensors").exists():
-        return ["model.safetensors"]
     if found := sorted(file.name for file in path.glob("*.safetensors")):
         if len(found) > 1:
             raise InputError(

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lora_cli.redaction import redacted
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -33,7 +35,7 @@ class Log:
     def line(self, text: str) -> None:
         """Print one message."""
         if self.speaks:
-            self.console.print(text, markup=False)
+            self.console.print(redacted(text), markup=False)
 
     def table(self, table: Table) -> None:
         """Print a table."""
