@@ -359,6 +359,13 @@ ARTEFACTS: dict[str, Artefact] = {
         _adapter_keys(tokenizer_kwargs={"trust_remote_code": True}), 2, of="adapter"
     ),
     "an adapter of an absurd rank": Artefact(_adapter_keys(r=10**9, rank_pattern={"q_proj": 10**9}), 2, of="adapter"),
+    "an adapter whose pattern has no end": Artefact(_adapter_keys(target_modules="([a-z_.0-9]+)+!"), 2, of="adapter"),
+    "an adapter whose ranks have no end": Artefact(
+        _adapter_keys(rank_pattern={"([a-z_.0-9]+)+!": 4}), 2, of="adapter"
+    ),
+    "an adapter whose layers are no pattern": Artefact(
+        _adapter_keys(layers_to_transform=[0], layers_pattern="("), 2, of="adapter"
+    ),
     "an adapter whose tensors have paths": Artefact(_adapter_tensors, 2, of="adapter"),
     "an adapter behind a link": Artefact(_linked_adapter, 0, of="adapter"),
     # Runs, recipes, rows, caches
