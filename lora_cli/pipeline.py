@@ -34,7 +34,7 @@ from lora_cli.models.load import (
     load_model,
     tokenizer_folder,
 )
-from lora_cli.models.safety import check_model_folder
+from lora_cli.models.safety import check_model_folder, leads_out
 from lora_cli.network import closed
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.schema import Recipe
@@ -139,6 +139,7 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         raise InputError("data.eval: no held-out rows to score on (give data.eval=FILE)")
     with _started(recipe) as (rt, log):
         adapter, base = opened.locate(target, recipe, log.line)
+        log.line(f"evaluating {adapter or base}" + (f" on {recipe.model.base}" if adapter else ""))
         tokenizer, _ = opened.tokenizer_of(adapter, base)
         prepared = _held_out(recipe, tokenizer, adapter, rt, log)
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
@@ -200,6 +201,7 @@ def merge(
             raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
+        log.line(f"merging {adapter} into {recipe.model.base}")
         own, has_new = opened.tokenizer_of(adapter, base)
         sample = _held_out_sample(recipe, own, adapter, rt, log) if form == "merged" else []
         model = load_model(
@@ -212,7 +214,10 @@ def merge(
         tokenizer = with_template(own, recipe.data.template, adapter)
         _, stop_ids = settle_special_tokens(tokenizer, recipe.data.template)
         card = adapter / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, {form}\n"
+        has_card = card.is_file() and not leads_out(
+            card, adapter
+        )  # a link could publish any file of this machine
+        text = card.read_text(encoding="utf-8") if has_card else f"# {adapter.name}, {form}\n"
         adapted = AdaptedModel(model, method.placed())
         merge_with = f"lora-merge {target} --output DIR"
         if not RunFolder(target).is_run():

@@ -247,6 +247,18 @@ def _linked_adapter(folder: Path) -> None:
     (folder / "run/adapter").symlink_to(folder / "elsewhere")
 
 
+def _links_beside_the_adapter(*names: str) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        (folder / "secret").write_text("a private key")
+        for name in names:
+            path = folder / "run/adapter" / name
+            path.unlink(missing_ok=True)
+            path.symlink_to(folder / "secret")
+        remanifest(folder / "run/adapter")
+
+    return plant
+
+
 def _manifest_that_leaves(folder: Path) -> None:
     (folder / "secret").write_bytes(pickled(folder))
     for place in (
@@ -358,6 +370,8 @@ ARTEFACTS: dict[str, Artefact] = {
     "an adapter with arguments": Artefact(
         _adapter_keys(tokenizer_kwargs={"trust_remote_code": True}), 2, of="adapter"
     ),
+    "an adapter whose card is a secret": Artefact(_links_beside_the_adapter("README.md"), 0, of="adapter"),
+    "an adapter whose template is a secret": Artefact(_links_beside_the_adapter("chat_template.jinja"), of="adapter"),
     "an adapter of an absurd rank": Artefact(_adapter_keys(r=10**9, rank_pattern={"q_proj": 10**9}), 2, of="adapter"),
     "an adapter whose pattern has no end": Artefact(_adapter_keys(target_modules="([a-z_.0-9]+)+!"), 2, of="adapter"),
     "an adapter whose ranks have no end": Artefact(

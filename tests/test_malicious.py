@@ -78,6 +78,8 @@ def test_nothing_that_was_handed_over_runs(
     opened = [path for path in opened if not path.startswith(f"{scene}/cache/")]  # tokens.bin is our own
     assert opened == [], told
     assert result.code in ((0, 2) if artefact.code is None else (artefact.code,)), told
+    published = [path for name in ("new", "merged") for path in (scene / name).rglob("*") if path.is_file()]
+    assert [path for path in published if b"a private key" in path.read_bytes()] == [], told
     if result.code == 2:
         lines = result.errors.splitlines()
         assert {line.startswith("error: ") and len(line) < 700 for line in lines} == {True}, told
@@ -85,7 +87,7 @@ def test_nothing_that_was_handed_over_runs(
         assert not (scene / "merged").exists(), told
 
 
-SCRIPT = "import sys\nfrom lora_cli.cli import train_main\nsys.exit(train_main())\n"
+SCRIPT = "import sys\nfrom lora_cli.cli import train_main\nif __name__ == '__main__':\n    sys.exit(train_main())\n"
 """What pip writes as `lora-train`."""
 
 
@@ -106,7 +108,8 @@ def test_modules_in_the_current_folder_are_not_imported(scene: Path) -> None:
     (scene / "bin").mkdir()
     (scene / "bin/lora-train").write_text(SCRIPT)
     (scene / "second.jsonl").write_text((scene / "train.jsonl").read_text())
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # A cache of its own: rows that are in one need no workers.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "LORA_CLI_CACHE": str(scene / "empty")}
     done = subprocess.run(
         [sys.executable, "bin/lora-train", "recipe.yaml", "run.output=new", "data.train=[train.jsonl, second.jsonl]"],
         env=environment, capture_output=True, text=True, timeout=120, check=False,

@@ -40,7 +40,6 @@ def locate(target: Path, recipe: Recipe, log: Callable[[str], None]) -> tuple[Pa
         raise InputError(f"{target}: no such folder (give a run, a PEFT adapter or a model folder)")
     if RunFolder(target).is_run():
         target = RunFolder(target).exported()
-        log(f"{target}: its run names the base {recipe.model.base}")
     if (target / _peft.CONFIG_FILE).is_file():
         return target, base(recipe, log)
     return None, _model_folder(str(target), None, recipe, log)
