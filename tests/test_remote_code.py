@@ -89,6 +89,12 @@ def test_a_trusted_base_is_trained_evaluated_merged_and_read_again(
     assert done.code == 0, done.errors
     assert (tmp_path / "out/modeling_toy.py").is_file()
 
+    done = lora(
+        "train", "recipe.yaml", trust, "run.output=small", "model.quantize=nf4", "export.formats=[peft]"
+    )
+    assert done.code == 0, done.errors
+    assert lora("data", "recipe.yaml", trust).code == 0
+
     with (base / "modeling_toy.py").open("a") as file:
         file.write("# other code\n")
     refused = lora("eval", "run", trust)

@@ -8,8 +8,6 @@ only where the recipe says so (`remote_code.py`); of the hub, only code of one c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,9 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
-from lora_cli.errors import InputError, LoraError
+from lora_cli.errors import InputError
 from lora_cli.models import remote_code
-from lora_cli.models.load_quantized import load_quantized
+from lora_cli.models.load_quantized import load_quantized, reading
 from lora_cli.models.nf4 import Quantization
 from lora_cli.models.safety import TINY, check_model_folder, check_tokenizer_folder
 from lora_cli.network import reachable
@@ -102,7 +100,7 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    with _reading(folder, "tokenizer"):
+    with reading(folder, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise InputError(f"{folder}: not a fast tokenizer (a tokenizer.json is needed)")
@@ -148,7 +146,7 @@ def load_model(
     if quantization is not None:
         return load_quantized(folder, quantization, dtype=dtype, device=device, attention=attention)
     runs_code = remote_code.may_run(folder)
-    with _reading(folder, "model"):
+    with reading(folder, "model"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code)
         config._attn_implementation = attention  # whatever it names itself, at the top or in a part
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -175,20 +173,6 @@ def load_model(
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
     return model
-
-
-@contextmanager
-def _reading(folder: Path, what: str) -> Iterator[None]:
-    """Turn what transformers and tokenizers raise over files that are not as they expect into an InputError."""
-    try:
-        yield
-    except (LoraError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if "can't allocate memory" in str(error):
-            raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{folder}: the {what} cannot be loaded: {reason} (download it again)") from error
 
 
 def fastest_attention(device: torch.device, max_length: int) -> str | None:

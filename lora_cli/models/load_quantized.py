@@ -24,10 +24,24 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.errors import InputError
+from lora_cli.errors import InputError, LoraError
 from lora_cli.models import remote_code
 from lora_cli.models.nf4 import Quantization, QuantizedLinear, quantizable
 from lora_cli.models.weight_files import stored_names
+
+
+@contextmanager
+def reading(folder: Path, what: str) -> Iterator[None]:
+    """Turn what transformers and tokenizers raise over files that are not as they expect into an InputError."""
+    try:
+        yield
+    except (LoraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a tokenizer.json raises plain Exceptions, a config about anything
+        if "can't allocate memory" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{folder}: the {what} cannot be loaded: {reason} (download it again)") from error
 
 
 def load_quantized(
@@ -99,7 +113,7 @@ class FullWeights:
 
 def _skeleton(folder: Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     runs_code = remote_code.may_run(folder)
-    try:
+    with reading(folder, "model"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code)
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(
@@ -111,10 +125,6 @@ def _skeleton(folder: Path, dtype: torch.dtype, attention: str | None) -> PreTra
             )
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{folder}: the model cannot be loaded ({str(error).splitlines()[0]})") from error
     model.config.name_or_path = str(folder)
     return model
 

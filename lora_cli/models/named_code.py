@@ -53,7 +53,7 @@ def faults(place: Path, content: dict[str, Any], *, runs_code: bool = False) -> 
             stack.extend((path, inner) for inner in value)
         elif isinstance(value, dict):
             for key, inner in value.items():
-                name = f"{path}.{key}" if path else key
+                name = f"{path}.{key}"[-120:] if path else key[:120]
                 if runs_code and name == "auto_map":
                     yield from _other_code(place, inner)
                 elif key in _CODE and inner not in (None, False):

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ TOKENIZER_FILES = (
 """What of a base belongs to its tokenizer, and is copied into what is exported."""
 MORE_TEMPLATES = "additional_chat_templates"
 """Folder of a tokenizer that has several."""
+_MOST = 10
+"""Lines about one file, which may hold millions of faults."""
 _SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """What transformers 5.23 takes for a distributed checkpoint, and reads in place of model.safetensors."""
 _NOT_CAUSAL = frozenset(
@@ -152,12 +155,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _config_faults(path: Path, config: dict[str, Any], *, runs_code: bool) -> Iterator[str]:
     place = path / "config.json"
-    yield from named_code.faults(place, config, runs_code=runs_code)
+    yield from islice(named_code.faults(place, config, runs_code=runs_code), _MOST)
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         yield f"{place}: there is no model_type (is this a transformers model?)"
     elif config.get("is_encoder_decoder") is True:
-        yield f"{place}: {kind} is an encoder-decoder model (a decoder-only language model is needed)"
+        yield f"{place}: {kind[:80]} is an encoder-decoder model (a decoder-only language model is needed)"
     elif kind in _NOT_CAUSAL:
         yield f"{place}: {kind} is not a decoder-only language model (one is needed, such as llama or qwen3)"
     if (estimate := _parameter_estimate(config)) > MAX_PARAMETERS:
@@ -186,7 +189,10 @@ def _misleading_files(path: Path) -> Iterator[str]:
 
 
 def _parameter_estimate(config: dict[str, Any]) -> float:
-    """Return a rough count: embeddings, and per layer 4 square projections and 3 to the intermediate size."""
+    """Return a rough count: embeddings, and per layer 4 projections and 3 to the intermediate size, for each expert.
+
+    Where positions are learned, a square mask of them is counted too, which such models build.
+    """
     total = 0.0
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
 
@@ -197,8 +203,11 @@ def _parameter_estimate(config: dict[str, Any]) -> float:
         hidden = size("hidden_size", "n_embd", "d_model", "dim")
         layers = size("num_hidden_layers", "n_layer", "num_layers", "n_layers")
         inner = size("intermediate_size", "n_inner", "d_ff") or 4 * hidden
-        total += size("vocab_size") * hidden + layers * (4 * hidden + 3 * inner + 1) * max(hidden, 1)
-        total += size("max_position_embeddings", "n_positions") * (hidden if "n_positions" in part else 0)
+        heads, positions = size("num_attention_heads", "n_head") * size("head_dim"), size("n_positions")
+        experts = size("num_experts", "num_local_experts", "n_routed_experts") * size("moe_intermediate_size")
+        of_layer = 4 * hidden + 3 * inner + 2 * heads + 3 * experts + 1
+        total += size("vocab_size") * hidden + layers * of_layer * max(hidden, 1)
+        total += positions * (hidden + positions)
     return total
 
 
@@ -215,7 +224,7 @@ def _tokenizer_faults(path: Path) -> Iterator[str]:
             yield from error.lines
             continue
         if name != "tokenizer.json":  # a vocabulary may hold any word, these too
-            yield from named_code.faults(path / name, content)
+            yield from islice(named_code.faults(path / name, content), _MOST)
     copied = [path / name for name in (*TOKENIZER_FILES, "generation_config.json")]
     for file in (*copied, *path.glob(f"{MORE_TEMPLATES}/*")):
         if file.is_symlink() and leads_out(file, path):

@@ -111,6 +111,13 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "encoder": (_set("config.json", model_type="bert"), "not a decoder-only"),
     "encoder-decoder": (_set("config.json", is_encoder_decoder=True), "encoder-decoder"),
     "a billion layers": (_set("config.json", num_hidden_layers=10**9), "(download it again)"),
+    "a billion experts": (
+        _set("config.json", num_experts=10**9, moe_intermediate_size=64),
+        "the weight files hold",
+    ),
+    "a huge head": (_set("config.json", head_dim=10**10), "the weight files hold"),
+    "a million learned positions": (_set("config.json", n_positions=10**6), "the weight files hold"),
+    "a shard of an endless name": (lambda f: shard(f, {"embed": "x" * 5000 + ".safetensors"}), "not there"),
     "huge hidden size": (_set("config.json", hidden_size=10**400), "1e+13"),
     "larger than its weights": (_set("config.json", hidden_size=100_000), "the weight files hold"),
     "no weights": (_remove("model.safetensors"), "no weights"),
