@@ -132,10 +132,18 @@ def check_tokenizer(path: Path) -> None:
 
 
 def leads_out(file: Path, folder: Path) -> bool:
-    """Say whether a file of a folder is a link to somewhere else; those of the hub's cache lead to its `blobs`."""
+    """Say whether a file of a folder is a link to somewhere else.
+
+    Those of the hub's cache, `models--x--y/snapshots/<commit>/`, lead to `models--x--y/blobs`, and from there maybe to
+    `blobs` beside it, which models share.
+    """
     home = folder.resolve()
-    inside = home.parent.parent if home.parent.name == "snapshots" else home
-    return not Path(os.path.realpath(file)).is_relative_to(inside)
+    places = [home]
+    if home.parent.name == "snapshots":
+        model = home.parent.parent
+        places += [model / "blobs", model.parent / "blobs"]
+    path = Path(os.path.realpath(file))
+    return not any(path.is_relative_to(place) for place in places)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -168,13 +168,16 @@ def test_what_is_harmless_is_let_through(tmp_path: Path, case: str) -> None:
 
 
 def test_links_of_the_hubs_cache_are_let_through(tmp_path: Path) -> None:
-    """A snapshot's files are links to the blobs of the same model; a link to another model's is refused."""
+    """A snapshot's files are links to blobs of the model, or to those that models share; no other link passes."""
     model = tmp_path / "models--x--y"
     folder = write_model(model / "snapshots" / "0123")
     (model / "blobs").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (folder / name).rename(model / "blobs" / name)
         (folder / name).symlink_to(f"../../blobs/{name}")
+    (tmp_path / "blobs").mkdir()
+    (model / "blobs" / "tokenizer.json").rename(tmp_path / "blobs" / "ab")
+    (model / "blobs" / "tokenizer.json").symlink_to("../../blobs/ab")
     assert check_model_folder(folder).parameters == 40
     (tmp_path / "secret").write_text("{}")
     (folder / "added_tokens.json").symlink_to("../../../secret")
