@@ -69,9 +69,13 @@ def test_a_local_base_opens_no_connection(folder: Path) -> None:
 def test_a_hub_id_is_asked_for_and_nothing_else(folder: Path) -> None:
     """The hook sees what a hub id causes: so it would have seen the others."""
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "home"), "NO_PROXY": "*"}
-    codes, errors, seen = in_process(folder, ["train", "recipe.yaml", "model.base=owner/name"], **environment)
-    assert codes == [2]
+    model = ["train", "recipe.yaml", "model.base=owner/name"]
+    rows_of_hub = ["lora", "data", "recipe.yaml", "data.train=owner/rows"]
+    codes, errors, seen = in_process(folder, model, rows_of_hub, **environment)
+    assert codes == [2, 2]
     assert "owner/name" in errors
+    assert "owner/rows" in errors
+    assert "ffline" not in errors
     connected = [line for line in seen if not line.startswith("started")]
     assert connected
     assert all("127.0.0.1" in line for line in connected)

@@ -28,10 +28,12 @@ def load_hub(name: str, split: str, revision: str | None = None) -> Any:
     """
     assert HUB_ID.fullmatch(name), name
     import datasets
+    from huggingface_hub import is_offline_mode
 
     repository, _, configuration = name.partition(":")
     try:
         with reachable():
+            datasets.config.HF_HUB_OFFLINE = is_offline_mode()  # read once, when it is imported
             kind = _reader_of(repository, configuration or None, revision)
             if kind in _READERS:
                 return datasets.load_dataset(
