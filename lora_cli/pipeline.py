@@ -34,7 +34,8 @@ from lora_cli.models.load import (
     load_model,
     tokenizer_folder,
 )
-from lora_cli.models.safety import check_model_folder
+from lora_cli.models.safety import check_model_folder, leads_out
+from lora_cli.network import closed
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.schema import Recipe
@@ -76,7 +77,7 @@ def train(
         rt.in_main(folder.hold)
         goes_on = folder.is_run() and resume is not False and not overwrite
         with _timed(seconds, "prepare"):
-            base = opened.base_of(recipe)
+            base = opened.base(recipe, log.line)
             recipe, start = opened.settle_start(recipe, base)
             tokenizer = opened.tokenizer_for(recipe, base)
             prepared = _prepare(recipe, tokenizer, rt, log)
@@ -154,7 +155,8 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
     if not recipe.data.holds_out():
         raise InputError("data.eval: no held-out rows to score on (give data.eval=FILE)")
     with _started(recipe) as (rt, log):
-        adapter, base = opened.locate(target, recipe)
+        adapter, base = opened.locate(target, recipe, log.line)
+        log.line(f"evaluating {adapter or base}" + (f" on {recipe.model.base}" if adapter else ""))
         tokenizer, _ = opened.tokenizer_of(adapter, base)
         prepared = _held_out(recipe, tokenizer, adapter, rt, log)
         objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
@@ -181,7 +183,8 @@ def describe_data(recipe: Recipe, *, show: int = 0, rows: Sequence[str] = ()) ->
     `show` training rows are shown, and those that `rows` names as `file:line`.
     """
     with _started(recipe) as (rt, log):
-        folder, config = tokenizer_folder(recipe.model.base, recipe.model.revision)
+        block = recipe.model
+        folder, config = tokenizer_folder(block.base, block.revision, runs_code=block.trust_remote_code)
         recipe, _ = opened.settle_start(recipe, None)
         tokenizer, named = opened.tokenizer_for(recipe, folder), opened.named_tokens(recipe)
         every = (Conversation, Text, Pair, Labelled)
@@ -210,11 +213,12 @@ def merge(
     """
     output = output.expanduser()
     with _started(recipe) as (rt, log):
-        adapter, base = opened.locate(target, recipe)
+        adapter, base = opened.locate(target, recipe, log.line)
         if adapter is None:
             raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
         if output.exists():
             raise InputError(f"{output}: exists already (choose another folder or remove it)")
+        log.line(f"merging {adapter} into {recipe.model.base}")
         own, has_new = opened.tokenizer_of(adapter, base)
         sample = _held_out_sample(recipe, own, adapter, rt, log) if form == "merged" else []
         model = load_model(
@@ -227,7 +231,10 @@ def merge(
         tokenizer = with_template(own, recipe.data.template, adapter)
         _, stop_ids = settle_special_tokens(tokenizer, recipe.data.template)
         card = adapter / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {adapter.name}, {form}\n"
+        has_card = card.is_file() and not leads_out(
+            card, adapter
+        )  # a link could publish any file of this machine
+        text = card.read_text(encoding="utf-8") if has_card else f"# {adapter.name}, {form}\n"
         adapted = AdaptedModel(model, method.placed())
         _space.require_for_export(form, recipe.export, output, base, adapted, method)
         made_of = {"model.base": base_fingerprint(base), "versions": report.versions()}
@@ -244,8 +251,8 @@ def merge(
 def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
     """Return where the adaptation of a run, a PEFT folder or a model went, and whether its ranks fit."""
     with _started(recipe) as (rt, log):
-        adapter, folder = opened.locate(target, recipe)
-        base = opened.base_of(recipe)
+        adapter, folder = opened.locate(target, recipe, log.line)
+        base = folder if adapter is not None else opened.base(recipe, log.line)
         settings = recipe.adapter if RunFolder(target).is_run() else None
         source: Method | PreTrainedModel
         if adapter is not None:
@@ -254,7 +261,9 @@ def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
             source = opened.load_adapter(adapter, base, model)
         else:
             # Both as the model's files have it: a base in float32 was rounded as well before a bfloat16 run.
-            dtype = DTYPES["bfloat16" if check_model_folder(folder).dtypes == ("BF16",) else "float32"]
+            runs_code = recipe.model.trust_remote_code
+            header = check_model_folder(folder, runs_code=runs_code)
+            dtype = DTYPES["bfloat16" if header.dtypes == ("BF16",) else "float32"]
             model, source = (load_model(one, dtype=dtype, device=rt.device) for one in (base, folder))
         log.line(f"inspecting {adapter or folder} on {recipe.model.base}")
         found = inspect_stage.run(source, model, settings)
@@ -341,7 +350,7 @@ def _export(
 def _started(recipe: Recipe) -> Iterator[tuple[Runtime, Log]]:
     failpoints.armed()  # a wrong name is told before anything is read
     started = dist.start(recipe.run.device, deterministic=recipe.run.deterministic)
-    with resource_faults(), started as rt, Log(speaks=rt.is_main) as log:
+    with closed(), resource_faults(), started as rt, Log(speaks=rt.is_main) as log:
         yield rt, log
 
 

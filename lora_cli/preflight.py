@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_cli.errors import InputError
+from lora_cli.models import remote_code
 from lora_cli.models.safety import TINY, check_model_folder, check_tokenizer_folder
 from lora_cli.models.weight_files import read_header, read_json
 from lora_cli.paths import check_name, check_writable, expanded, is_path, near_matches
@@ -167,17 +168,25 @@ def _check_model(recipe: Recipe, *, needs_weights: bool = True) -> str:
     base, place = recipe.model.base, recipe.at("model.base")
     check_name(place, base)
     folder = TINY if base == "tiny" else expanded(place, base)
+    if base == "tiny" and recipe.model.trust_remote_code:
+        raise InputError(
+            f"{recipe.at('model.trust_remote_code')}: found true, but the bundled model has no code (remove the key)"
+        )
     if not os.path.lexists(folder):
         if is_path(base) or not _HUB_ID.fullmatch(base):
             raise InputError(f"{place}: {base}: no such folder{near_matches(Path(base))}")
+        if recipe.model.trust_remote_code:
+            remote_code.require_pinned(recipe.at("model.trust_remote_code"), base, recipe.model.revision)
         return f"model.base: {base}: a hub id, not checked"
     if recipe.model.revision is not None:
         revision = recipe.at("model.revision")
         raise InputError(f"{revision}: {base} is a local folder, which has no revisions (remove the key)")
+    runs_code = recipe.model.trust_remote_code
     try:
         if not needs_weights:
-            return f"model.base: {base}: {check_tokenizer_folder(folder)['model_type']}, its tokenizer"
-        return f"model.base: {base}: {check_model_folder(folder).summary}"
+            config = check_tokenizer_folder(folder, runs_code=runs_code)
+            return f"model.base: {base}: {config['model_type']}, its tokenizer"
+        return f"model.base: {base}: {check_model_folder(folder, runs_code=runs_code).summary}"
     except InputError as error:
         raise InputError([f"{place}: {line}" for line in error.lines]) from None
 
@@ -287,7 +296,7 @@ def _check_outside_base(place: str, folder: Path, recipe: Recipe) -> None:
 def _check_target(target: Path, recipe: Recipe) -> str:
     kind = kind_of(target)
     if kind == "model":
-        return f"{target}: {check_model_folder(target).summary}"
+        return f"{target}: {check_model_folder(target, runs_code=recipe.model.trust_remote_code).summary}"
     if kind == "adapter" and recipe.at("model.base") == "model.base":
         raise InputError(f"{target}: is an adapter without its run (say what it adapts: model.base=...)")
     return f"{target}: {'a run' if kind == 'run' else 'an adapter'}; {_check_model(recipe)}"
@@ -312,7 +321,7 @@ def _check_exported(target: Path, recipe: Recipe) -> str:
         raise InputError(
             f"{place}: has no effect, weights are compared in the type of {folder} (leave it out)"
         )
-    return f"{folder}: {check_model_folder(folder).summary}"
+    return f"{folder}: {check_model_folder(folder, runs_code=recipe.model.trust_remote_code).summary}"
 
 
 def _check_new_folder(target: Path, output: Path, recipe: Recipe) -> str:

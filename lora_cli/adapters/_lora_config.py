@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_cli.adapters import _lora_patterns, _peft
 from lora_cli.adapters._base import AdapterLinear
+from lora_cli.recipe.section import regex_fault
 
 KEYS = frozenset(
     {
@@ -155,5 +156,8 @@ def _are_layers(config: Mapping[str, Any]) -> bool:
     if not indices and not _peft.is_integer(indices):
         return not names
     listed = indices if isinstance(indices, list) else [indices]
-    known = names is None or isinstance(names, str | list)
+    known = names is None or (
+        isinstance(names, str | list)
+        and all(isinstance(name, str) and regex_fault(name) is None for name in layer_names(config))
+    )
     return isinstance(config["target_modules"], list) and known and all(map(_peft.is_integer, listed))

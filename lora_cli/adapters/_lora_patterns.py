@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+from lora_cli.adapters._targets import fully_matches
 from lora_cli.errors import InputError
 
 Value = TypeVar("Value", int, float)
@@ -87,8 +88,7 @@ def in_layers(paths: Sequence[str], indices: Sequence[int] | str, names: Sequenc
     """Return the paths inside these layers; the first number of a path counts, or the first after one of `names`."""
     assert not isinstance(indices, str)
     name = "|".join(names) if names else r"[^.]*"
-    pattern = re.compile(rf"(?:^|.*?\.)(?:{name})\.(\d+)\.")
-    matches = {path: pattern.match(path) for path in paths}
+    matches = {path: fully_matches(rf"(?:|.*?\.)(?:{name})\.(\d+)\..*", path) for path in paths}
     return [path for path, match in matches.items() if match and int(match[1]) in indices]
 
 
@@ -107,4 +107,4 @@ def require_targets(paths: Sequence[str], targets: str | Sequence[str], where: s
 
 
 def _first_match(patterns: Mapping[str, object], path: str) -> str | None:
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", path)), None)
+    return next((pattern for pattern in patterns if fully_matches(rf"(.*\.)?({pattern})", path)), None)

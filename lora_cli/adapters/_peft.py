@@ -11,12 +11,13 @@ implement must be neutral; anything else is refused. `base_model_name_or_path` i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,6 +25,8 @@ from lora_cli.adapters._base import Method
 from lora_cli.errors import InputError
 from lora_cli.models.nf4 import QuantizedLinear
 from lora_cli.models.tensor_files import save_tensors
+from lora_cli.models.weight_files import read_json
+from lora_cli.redaction import redacted
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -44,6 +47,8 @@ _DESCRIPTIVE = frozenset(
         "task_type",
     }
 )
+_RANKED = re.compile(r"\.(lora_A|lora_embedding_A|lora_E|vera_lambda_d)\b")
+"""Tensors whose first dimension is the rank."""
 _NEUTRAL: tuple[object, ...] = (None, False, "none", {}, [])
 
 
@@ -58,7 +63,7 @@ def write(folder: Path, method: Method, *, base_name: str, revision: str | None)
         **method.disk_config(),
         "peft_type": method.peft_type,
         "target_modules": method.disk_targets,
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": redacted(base_name),
         "revision": revision,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
@@ -89,17 +94,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: the file is missing or malformed, or does not say which layers it adapts.
     """
     path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file (is this a PEFT adapter folder?)") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: holds a {type(config).__name__} (an object with peft_type is needed)")
+    if not path.exists():
+        raise InputError(f"{path}: no such file (is this a PEFT adapter folder?)")
+    config = read_json(path)
     targets = config.get("target_modules")
     if not (isinstance(targets, str) or _are_names(targets)):
-        raise InputError(f"{path}: target_modules is {targets!r} (expected names or a pattern)")
+        raise InputError(f"{path}: target_modules is {_shown(targets)} (expected names or a pattern)")
     return config
 
 
@@ -110,7 +110,7 @@ def require_neutral(where: str, config: Mapping[str, Any], known: frozenset[str]
         InputError: with one line per such setting.
     """
     problems = [
-        f"{where}: {key} is {value!r}, which is not supported"
+        f"{where}: {key} is {_shown(value)}, which is not supported"
         for key, value in config.items()
         if key not in _DESCRIPTIVE | known and value not in _NEUTRAL
     ]
@@ -125,7 +125,7 @@ def require(where: str, config: Mapping[str, Any], **rules: tuple[str, bool]) ->
         InputError: with one line per broken rule.
     """
     problems = [
-        f"{where}: {key} is {config.get(key)!r} (expected {expected})"
+        f"{where}: {key} is {_shown(config.get(key))} (expected {expected})"
         for key, (expected, holds) in rules.items()
         if not holds
     ]
@@ -155,10 +155,37 @@ def method_of(kind: type[Method], config: Mapping[str, Any], folder: Path, **cha
         InputError: a setting is missing, of the wrong type, or not supported.
     """
     where = str(folder / CONFIG_FILE)
+    _require_stored_rank(folder, config)
     require_neutral(where, config, kind.disk_keys)
     method = kind.from_disk_config(config, where, **changes)
     method.targets_key = f"{where}: target_modules"
     return method
+
+
+def _require_stored_rank(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse ranks far beyond those of the stored tensors, before memory is taken for them.
+
+    Raises:
+        InputError: a rank is more than 8 times (AdaLoRA's start may be larger than what is left of it) what is stored.
+    """
+    pattern = config.get("rank_pattern")
+    ranks = [config.get(key) for key in ("r", "init_r", "target_r")]
+    ranks += pattern.values() if isinstance(pattern, dict) else []
+    highest = max((rank for rank in ranks if isinstance(rank, int)), default=0)
+    path = folder / TENSOR_FILE
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys() if _RANKED.search(name)]  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file (only safetensors adapters are read)") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    stored = max((shape[0] for shape in shapes if shape), default=0)
+    if highest > 8 * stored:
+        raise InputError(
+            f"{folder / CONFIG_FILE}: rank {highest}, but the tensors of {TENSOR_FILE} have {stored} (are the two files"
+            " of one adapter?)"
+        )
 
 
 def fill(folder: Path, method: Method) -> None:
@@ -225,6 +252,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
     return tensors
+
+
+def _shown(value: object) -> str:
+    """Return a value of a file that somebody else wrote, short enough for one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _are_names(value: object) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import signal
+import threading
+from types import FrameType
 
 import torch
 from torch import nn
@@ -12,7 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import InputError
 from lora_cli.models.nf4 import QuantizedLinear
+from lora_cli.recipe.section import regex_fault
 
+SECONDS = 1.0
+"""Of processor time for comparing one pattern with one path, which takes microseconds."""
 BASE_LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
 BaseLinear = nn.Linear | Conv1D | QuantizedLinear
 """What an adapter layer stands around; its weight is `AdapterLinear.base_weight()`, whatever the kind."""
@@ -105,11 +111,34 @@ def match_targets(
     if targets in GROUPS:
         found = [path for path in inner if GROUPS[targets] & set(path.split("."))]
         return _non_empty(found, targets, model, where)
+    if fault := regex_fault(targets):
+        raise InputError(f"{where}: {fault}")
+    return _non_empty([path for path in named if fully_matches(targets, path)], targets, model, where)
+
+
+def fully_matches(pattern: str, path: str) -> re.Match[str] | None:
+    """Match a whole module path; a pattern may come with somebody else's adapter, and one that backtracks has no end.
+
+    The timer is a signal, which only a main thread can receive.
+
+    Raises:
+        InputError: it takes more than SECONDS of processor time.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise InputError(
+            f"the pattern {pattern[:80]!r} does not come to an end within {SECONDS:g} s on {path} (write a simpler one)"
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        return re.fullmatch(pattern, path)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
-        pattern = re.compile(targets)
-    except re.error as error:
-        raise InputError(f"{where}: {targets!r} is not a regular expression ({error})") from error
-    return _non_empty([path for path in named if pattern.fullmatch(path)], targets, model, where)
+        return re.fullmatch(pattern, path)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def short_names(model: PreTrainedModel, paths: list[str], *, embeddings: bool = False) -> list[str]:

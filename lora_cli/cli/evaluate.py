@@ -61,7 +61,15 @@ def read_target(
             raise InputError(
                 f"override {override}: has no effect, {target} is the model itself (leave it out)"
             )
-    return read_recipe(target / "recipe.yaml" if is_run else None, overrides, at_least, at_most)
+    recipe, gates = read_recipe(target / "recipe.yaml" if is_run else None, overrides, at_least, at_most)
+    place = recipe.at("model.trust_remote_code")
+    if is_run and recipe.model.trust_remote_code and not place.startswith("override "):
+        # A run folder may have been handed over, and its recipe with it.
+        raise InputError(
+            f"{place}: the recipe of a run cannot let code run (add model.trust_remote_code=true, if you trust"
+            f" {recipe.model.base})"
+        )
+    return recipe, gates
 
 
 def evaluate(

@@ -16,6 +16,7 @@ import typer
 
 from lora_cli import disk, interrupts
 from lora_cli.errors import LoraError, ResourceError
+from lora_cli.redaction import redacted
 
 LOG_NAME = "lora-cli-error.log"
 _LONGEST = 1900
@@ -74,7 +75,7 @@ def _report(lines: Sequence[str], code: int) -> int:
         time.sleep(_HEAD_START)
         return code
     for line in lines:
-        shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+        shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in redacted(line))
         if len(shown) > _LONGEST:  # what was written may be repeated in it; what to do stands at its end
             shown = f"{shown[: _LONGEST - 320]} [...] {shown[-300:]}"
         print(f"error: {shown}", file=sys.stderr)
@@ -90,7 +91,7 @@ def _usage_line(error: Exception, name: str) -> str:
 
 def _log_fault(error: Exception) -> str:
     """Write the traceback to a file and return the line that names it."""
-    text = "".join(traceback.format_exception(error))
+    text = redacted("".join(traceback.format_exception(error)))
     kind = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     folder = run_folder.get()
     try:

@@ -65,6 +65,8 @@ def run_all(tokenization: Tokenization, tasks: Sequence[Task]) -> Generator[Outc
         return
     one = tokenization
     settings = (one.data, one.train_on, one.tokenizer, one.template, one.spelled)
+    # A worker begins as `python -c`, which would look for its modules in the current folder first.
+    os.environ["PYTHONSAFEPATH"] = "1"
     # Not forked: the tokenizer's threads, and torch's, would not survive it.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start, (*settings, max(1, cores // workers)))

@@ -18,6 +18,7 @@ from typing import Any
 from lora_cli.data.sandbox import ChatTemplate
 from lora_cli.data.special import added_bos, probe
 from lora_cli.errors import InputError
+from lora_cli.models.safety import leads_out
 from lora_cli.models.weight_files import read_json
 from lora_cli.recipe.data_block import CHOICES, is_template_file
 
@@ -74,9 +75,14 @@ def with_template(tokenizer: Any, wanted: str, adapter: Path | None = None) -> A
     place of a file that is no longer there.
 
     Raises:
-        InputError: the file cannot be read, or the tokenizer lacks control tokens of the template.
+        InputError: the file cannot be read, the adapter's leads out of its folder, or the tokenizer lacks control
+            tokens of the template.
     """
     beside = adapter / FILE if adapter is not None and (adapter / FILE).is_file() else None
+    if adapter is not None and beside is not None and leads_out(beside, adapter):
+        raise InputError(
+            f"{beside}: is a link out of the folder, and would be copied into what is merged (copy it)"
+        )
     if wanted == "plain":
         return tokenizer
     if beside is not None and (

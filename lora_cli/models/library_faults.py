@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from lora_cli.errors import InputError
+from lora_cli.errors import InputError, LoraError
 
 _FAULTS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError,
@@ -27,9 +27,11 @@ def reading(folder: Path, fault: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, torch.OutOfMemoryError):
+    except (LoraError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
         # tokenizers raises nothing but `Exception` itself.
         if not isinstance(error, _FAULTS) and type(error) is not Exception:
             raise

@@ -1,7 +1,8 @@
-"""A base model and its tokenizer from the bundled model, a local folder or the hub; safetensors only, no remote code.
+"""A base model and its tokenizer from the bundled model, a local folder or the hub; safetensors only.
 
 A hub id is first brought into a local folder (weights, config and tokenizer files only), so that one path leads to
-the model and the same checks apply to both. A local folder never causes a connection.
+the model and the same checks apply to both. A local folder never causes a connection. Python code in the folder runs
+only where the recipe says so (`remote_code.py`); of the hub, only code of one commit.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from lora_cli.errors import InputError
+from lora_cli.models import remote_code
 from lora_cli.models.library_faults import reading
 from lora_cli.models.load_quantized import load_quantized
 from lora_cli.models.nf4 import Quantization
 from lora_cli.models.safety import TINY, check_model_folder, check_tokenizer_folder
+from lora_cli.network import reachable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -38,34 +41,46 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
-def base_folder(base: str, revision: str | None = None) -> Path:
+def base_folder(base: str, revision: str | None = None, *, runs_code: bool = False) -> Path:
     """Return the local folder of a base: the bundled `tiny`, a folder, or a hub id's files in the hub cache.
+
+    With `runs_code` the Python code in it, if there is any, may run from now on.
 
     Raises:
         InputError: the folder cannot be used, or the hub does not have the id or is out of reach.
     """
     if base == "tiny":
         return TINY
-    folder = _local_folder(base, revision, _HUB_FILES)
-    check_model_folder(folder)
+    folder = _local_folder(
+        base, revision, [*_HUB_FILES, *(["*.py"] if runs_code else [])], runs_code=runs_code
+    )
+    check_model_folder(folder, runs_code=runs_code)
+    remote_code.settle(folder, runs_code=runs_code)
     return folder
 
 
-def tokenizer_folder(base: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
+def tokenizer_folder(
+    base: str, revision: str | None = None, *, runs_code: bool = False
+) -> tuple[Path, dict[str, Any]]:
     """Return the local folder of a base's tokenizer, and its config; no weights are needed or fetched.
 
     Raises:
         InputError: as `base_folder`.
     """
-    folder = TINY if base == "tiny" else _local_folder(base, revision, _TOKENIZER_FILES)
-    return folder, check_tokenizer_folder(folder)
+    if base == "tiny":
+        return TINY, check_tokenizer_folder(TINY)
+    folder = _local_folder(base, revision, _TOKENIZER_FILES, runs_code=runs_code)
+    return folder, check_tokenizer_folder(folder, runs_code=runs_code)
 
 
-def _local_folder(base: str, revision: str | None, files: list[str]) -> Path:
+def _local_folder(base: str, revision: str | None, files: list[str], *, runs_code: bool) -> Path:
     folder = Path(base).expanduser()
     if not folder.exists():
+        if runs_code:
+            remote_code.require_pinned("model.trust_remote_code", base, revision)
         try:
-            folder = Path(snapshot_download(base, revision=revision, allow_patterns=files))
+            with reachable():
+                folder = Path(snapshot_download(base, revision=revision, allow_patterns=files))
         except HFValidationError as error:
             raise InputError(f"model.base: {base!r}: no such folder, and not a hub id") from error
         except RepositoryNotFoundError as error:
@@ -96,9 +111,12 @@ def load_tokenizer(folder: Path) -> Any:
 def base_fingerprint(folder: Path) -> str:
     """Return a sha256 that tells one base from another: its config, tensor headers, and samples of its weights.
 
-    Reading whole weights of 100 GB would take minutes; 64 samples of 64 KiB a file find any retrained model.
+    Reading whole weights of 100 GB would take minutes; 64 samples of 64 KiB a file find any retrained model. Of a base
+    that runs its own code, this belongs to it.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.rglob("*.py")) if remote_code.may_run(folder) else ():
+        digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
@@ -128,21 +146,23 @@ def load_model(
     """
     if quantization is not None:
         return load_quantized(folder, quantization, dtype=dtype, device=device, attention=attention)
+    runs_code = remote_code.may_run(folder)
     with reading(folder, "the model cannot be loaded"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code)
+        config._attn_implementation = attention  # whatever it names itself, at the top or in a part
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=runs_code,
             use_safetensors=True,
-            attn_implementation=attention,
+            ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below by name, where transformers would not
         )
     model, report = loaded
     for problem in ("missing_keys", "mismatched_keys"):
-        found = report.get(problem, ())
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in found)
+        names = sorted(str(name if isinstance(name, str) else name[0]) for name in report.get(problem, ()))
         if names:
             # transformers would fill such weights with random numbers and go on.
             raise InputError(

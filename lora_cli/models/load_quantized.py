@@ -25,6 +25,7 @@ from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import InputError
+from lora_cli.models import remote_code
 from lora_cli.models.library_faults import reading
 from lora_cli.models.nf4 import Quantization, QuantizedLinear, quantizable
 from lora_cli.models.weight_files import stored_names
@@ -98,15 +99,16 @@ class FullWeights:
 
 
 def _skeleton(folder: Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    runs_code = remote_code.may_run(folder)
     with reading(folder, "the model cannot be loaded"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code)
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(
                 f"{folder}: is quantized already (give the full-precision base, or model.quantize: none)"
             )
         with _parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=runs_code
             )
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -1,31 +1,47 @@
 """A model folder judged by its JSON files and tensor headers, before torch is imported or a weight is read.
 
-What would run code is refused, not skipped: `auto_map`, `_attn_implementation_internal` (CVE-2026-4372), any
-nested `trust_remote_code` (CVE-2026-5241). A config that describes a far larger model than the weights hold
-is refused too: building it would fill the memory before the mismatch is seen.
+What would run code is refused, not skipped: see `named_code.py`. So is what transformers would read in place of the
+files that are judged here, or besides: an adapter beside the model, the shards of a distributed checkpoint. A config
+that describes a far larger model than the weights hold is refused too: building it would fill the memory before the
+mismatch is seen.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import InputError
+from lora_cli.models import named_code
 from lora_cli.models.weight_files import Tensors, read_headers, read_json
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 """The bundled base model."""
 
 MAX_PARAMETERS = 10**13
-_CODE_KEYS = (
-    "auto_map",
-    "_attn_implementation_internal",
-    "trust_remote_code",
-    "custom_generate",
-    "auto_mapping",
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
 )
+"""What of a base belongs to its tokenizer, and is copied into what is exported."""
+MORE_TEMPLATES = "additional_chat_templates"
+"""Folder of a tokenizer that has several."""
+_MOST = 10
+"""Lines about one file, which may hold millions of faults."""
+_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""What transformers 5.23 takes for a distributed checkpoint, and reads in place of model.safetensors."""
 _NOT_CAUSAL = frozenset(
     {
         "albert", "bart", "bert", "bigbird", "big_bird", "blenderbot", "camembert", "canine", "clip",
@@ -58,14 +74,16 @@ class ModelHeader:
         return f"{self.model_type}, {millions:,.1f} M parameters in {dtypes}, {megabytes:,.1f} MB"
 
 
-def check_model_folder(path: Path) -> ModelHeader:
+def check_model_folder(path: Path, *, runs_code: bool = False) -> ModelHeader:
     """Return what the folder holds, if it is a decoder-only model in safetensors with a fast tokenizer.
+
+    With `runs_code` config.json may name Python code in the folder.
 
     Raises:
         InputError: with a line per problem: files missing, damaged or that name code, or another model type.
     """
     config = _read_config(path)
-    problems = list(_config_faults(path, config))
+    problems = [*_config_faults(path, config, runs_code=runs_code), *_misleading_files(path)]
     tensors: Tensors = {}
     try:
         tensors = read_headers(path)
@@ -87,17 +105,45 @@ def check_model_folder(path: Path) -> ModelHeader:
     )
 
 
-def check_tokenizer_folder(path: Path) -> dict[str, Any]:
+def check_tokenizer_folder(path: Path, *, runs_code: bool = False) -> dict[str, Any]:
     """Return the config of a decoder-only model whose weights need not be there, beside its fast tokenizer.
 
     Raises:
         InputError: as `check_model_folder`, for all but the weights.
     """
     config = _read_config(path)
-    problems = [*_config_faults(path, config), *_tokenizer_faults(path)]
+    problems = [*_config_faults(path, config, runs_code=runs_code), *_tokenizer_faults(path)]
     if problems:
         raise InputError(problems)
     return config
+
+
+def check_tokenizer(path: Path) -> None:
+    """Refuse a fast tokenizer beside an adapter, or a config.json beside it, that names code.
+
+    Raises:
+        InputError: with a line per problem.
+    """
+    problems = list(_tokenizer_faults(path))
+    if (path / "config.json").exists():
+        problems += named_code.faults(path / "config.json", _read_config(path))
+    if problems:
+        raise InputError(problems)
+
+
+def leads_out(file: Path, folder: Path) -> bool:
+    """Say whether a file of a folder is a link to somewhere else.
+
+    Those of the hub's cache, `models--x--y/snapshots/<commit>/`, lead to `models--x--y/blobs`, and from there maybe to
+    `blobs` beside it, which models share.
+    """
+    home = folder.resolve()
+    places = [home]
+    if home.parent.name == "snapshots":
+        model = home.parent.parent
+        places += [model / "blobs", model.parent / "blobs"]
+    path = Path(os.path.realpath(file))
+    return not any(path.is_relative_to(place) for place in places)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -115,15 +161,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _config_faults(path: Path, config: dict[str, Any]) -> Iterator[str]:
+def _config_faults(path: Path, config: dict[str, Any], *, runs_code: bool) -> Iterator[str]:
     place = path / "config.json"
-    for key in _code_keys(config):
-        yield f"{place}: {key} names code to run, which is never done (use a model that transformers knows)"
+    yield from islice(named_code.faults(place, config, runs_code=runs_code), _MOST)
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         yield f"{place}: there is no model_type (is this a transformers model?)"
     elif config.get("is_encoder_decoder") is True:
-        yield f"{place}: {kind} is an encoder-decoder model (a decoder-only language model is needed)"
+        yield f"{place}: {kind[:80]} is an encoder-decoder model (a decoder-only language model is needed)"
     elif kind in _NOT_CAUSAL:
         yield f"{place}: {kind} is not a decoder-only language model (one is needed, such as llama or qwen3)"
     if (estimate := _parameter_estimate(config)) > MAX_PARAMETERS:
@@ -138,24 +183,24 @@ def _size_faults(path: Path, config: dict[str, Any], stored: int) -> Iterator[st
         yield f"{path / 'config.json'}: {told} (download it again)"
 
 
-def _code_keys(config: dict[str, Any]) -> Iterator[str]:
-    """Yield the path of every key that names code; a stack, because JSON may nest deeper than Python recurses."""
-    stack: list[tuple[str, Any]] = [("", config)]
-    while stack:
-        path, value = stack.pop()
-        if isinstance(value, list):
-            stack.extend((path, inner) for inner in value)
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                name = f"{path}.{key}" if path else key
-                if key in _CODE_KEYS and inner not in (None, False):
-                    yield name
-                else:
-                    stack.append((name, inner))
+def _misleading_files(path: Path) -> Iterator[str]:
+    """Yield a fault per file that transformers would read in place of the weights, or put into the model."""
+    if (path / "adapter_config.json").exists():
+        yield (
+            f"{path / 'adapter_config.json'}: lies beside a model, into which transformers would put it where PEFT is"
+            " installed (move the adapter to a folder of its own)"
+        )
+    for name in sorted(os.listdir(path)):
+        if _SHARD.fullmatch(name):
+            yield f"{path / name}: is a part of a distributed checkpoint (save the model with transformers)"
+            return
 
 
 def _parameter_estimate(config: dict[str, Any]) -> float:
-    """Return a rough count: embeddings, and per layer 4 square projections and 3 to the intermediate size."""
+    """Return a rough count: embeddings, and per layer 4 projections and 3 to the intermediate size, for each expert.
+
+    Where positions are learned, a square mask of them is counted too, which such models build.
+    """
     total = 0.0
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
 
@@ -166,8 +211,11 @@ def _parameter_estimate(config: dict[str, Any]) -> float:
         hidden = size("hidden_size", "n_embd", "d_model", "dim")
         layers = size("num_hidden_layers", "n_layer", "num_layers", "n_layers")
         inner = size("intermediate_size", "n_inner", "d_ff") or 4 * hidden
-        total += size("vocab_size") * hidden + layers * (4 * hidden + 3 * inner + 1) * max(hidden, 1)
-        total += size("max_position_embeddings", "n_positions") * (hidden if "n_positions" in part else 0)
+        heads, positions = size("num_attention_heads", "n_head") * size("head_dim"), size("n_positions")
+        experts = size("num_experts", "num_local_experts", "n_routed_experts") * size("moe_intermediate_size")
+        of_layer = 4 * hidden + 3 * inner + 2 * heads + 3 * experts + 1
+        total += size("vocab_size") * hidden + layers * of_layer * max(hidden, 1)
+        total += positions * (hidden + positions)
     return total
 
 
@@ -184,5 +232,9 @@ def _tokenizer_faults(path: Path) -> Iterator[str]:
             yield from error.lines
             continue
         if name != "tokenizer.json":  # a vocabulary may hold any word, these too
-            for key in _code_keys(content):
-                yield f"{path / name}: {key} names code to run, which is never done (remove the entry)"
+            yield from islice(named_code.faults(path / name, content), _MOST)
+    copied = [path / name for name in (*TOKENIZER_FILES, "generation_config.json")]
+    for file in (*copied, *path.glob(f"{MORE_TEMPLATES}/*")):
+        if file.is_symlink() and leads_out(file, path):
+            # Whatever it leads to would be published with the next adapter.
+            yield f"{file}: is a link out of the folder, and would be copied into what is exported (copy it there)"

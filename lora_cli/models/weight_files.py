@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,12 @@ def stored_names(path: Path) -> dict[str, str]:
 
 
 def _weight_files(path: Path) -> list[str]:
+    # transformers asks in this order: of a folder with both it never reads the shards.
+    if (path / "model.safetensors").exists():
+        return ["model.safetensors"]
     index = path / "model.safetensors.index.json"
     if index.exists():
         return _indexed_files(path, index)
-    if (path / "model.safetensors").exists():
-        return ["model.safetensors"]
     if found := sorted(file.name for file in path.glob("*.safetensors")):
         if len(found) > 1:
             raise InputError(
@@ -165,18 +167,21 @@ def _indexed_files(path: Path, index: Path) -> list[str]:
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{index}: weight_map does not map tensors to files (download it again)")
     files = sorted(set(names.values()))
-    problems = []
+    problems: list[str] = []
     for name in files:
+        if len(problems) == 5:
+            problems.append(f"{index}: names more files that cannot be read")
+            break
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             problems.append(
-                f"{index}: names {name!r}, which is not a plain file name (do not use this folder)"
+                f"{index}: names {name[:80]!r}, which is not a plain file name (do not use this folder)"
             )
         elif not name.endswith(".safetensors"):
             problems.append(
-                f"{index}: names {name!r}, which is not a safetensors file (convert to safetensors)"
+                f"{index}: names {name[:80]!r}, which is not a safetensors file (convert to safetensors)"
             )
-        elif not (path / name).exists():
-            problems.append(f"{index}: names {name!r}, which is not there (download it)")
+        elif not os.path.exists(path / name):  # False for a name that no file can have, too
+            problems.append(f"{index}: names {name[:80]!r}, which is not there (download it)")
     if problems:
         raise InputError(problems)
     return files

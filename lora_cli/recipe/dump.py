@@ -6,6 +6,7 @@ import yaml
 
 from lora_cli.recipe.nodes import resolve
 from lora_cli.recipe.schema import Recipe
+from lora_cli.redaction import redacted
 
 
 class _Dumper(yaml.SafeDumper):
@@ -18,7 +19,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     style = None if isinstance(resolve(value), str) else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", redacted(value), style=style)
 
 
 def _list(dumper: yaml.SafeDumper, value: list[object]) -> yaml.SequenceNode:

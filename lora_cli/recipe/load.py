@@ -22,6 +22,7 @@ from lora_cli.recipe import keys, suggest
 from lora_cli.recipe.nodes import MappingNode, Node, ScalarNode, SequenceNode, resolve
 from lora_cli.recipe.schema import Conflict, Recipe
 from lora_cli.recipe.yaml_reader import read_file, read_text
+from lora_cli.redaction import holds_secret, is_secret_name, redacted
 
 Path_ = tuple[str, ...]
 
@@ -75,7 +76,7 @@ class _Draft:
     def at(self, path: Path_) -> str:
         """Return `place: key.path`; of a key that was not written, the place of the block it belongs to."""
         known = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in self.places), None)
-        key = suggest.redacted(".".join(path))
+        key = redacted(".".join(path))
         return f"{self.places[known]}: {key}" if known else key
 
     def get(self, path: Path_) -> Any:
@@ -95,8 +96,9 @@ class _Draft:
 
 def _override(tree: MappingNode, override: str, problems: list[str]) -> None:
     """Write `key.path=value` into the tree, its place being the override itself."""
-    place = "override " + suggest.redacted(override if len(override) <= 80 else override[:77] + "...")
     key, equals, text = override.partition("=")
+    written = f"{key}{equals}***" if any(map(is_secret_name, key.split("."))) else redacted(override)
+    place = "override " + (written if len(written) <= 80 else written[:77] + "...")
     names = key.strip().split(".")
     if not equals or not all(names):
         problems.append(f"{place}: found no key and value (write key.path=value)")
@@ -218,7 +220,7 @@ def _expected(draft: _Draft, path: Path_) -> str:
 
 def _unknown(draft: _Draft, path: Path_) -> str:
     name = ".".join(path)
-    if suggest.is_secret_name(path[-1]):
+    if is_secret_name(path[-1]):
         return "a secret has no place in a recipe, which is copied into the run (set HF_TOKEN instead)"
     owners = [key.variant for key in keys.keys_at(name) if key.variant is not None]
     if not owners:
@@ -257,12 +259,12 @@ def _secrets(draft: _Draft, value: Any, path: Path_) -> Iterator[str]:
     """Yield a line per text that looks like a token or an address with a password in it."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            if not suggest.is_secret_name(name):  # reported as an unknown key
+            if not is_secret_name(name):  # reported as an unknown key
                 yield from _secrets(draft, inner, (*path, name))
     elif isinstance(value, list):
         for inner in value:
             yield from _secrets(draft, inner, path)
-    elif suggest.holds_secret(value):
+    elif holds_secret(value):
         yield f"{draft.at(path)}: found a token or password (use HF_TOKEN; a recipe is copied into the run)"
 
 

@@ -39,6 +39,9 @@ class Model(Section):
     """Local folder, hub id, or `tiny` (the bundled 4 M parameter model for trying things out)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id. null: the default branch. Not for local folders."""
+    trust_remote_code: bool = False
+    """Let Python code that comes with the base run, where its config.json names some (`auto_map`): read it before. Of a
+    hub id, only with a commit as `revision`. A tokenizer's code is never run. Files of a model cannot set it."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the base weights and of the computation. Trained weights are kept in float32 besides."""
     quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"

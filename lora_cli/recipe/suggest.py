@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from lora_cli.recipe.keys import all_keys
+from lora_cli.redaction import redacted, without_secrets
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "model.base": (
@@ -86,13 +86,6 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Our key -> what Axolotl, LLaMA-Factory, TRL, PEFT, torchtune, LitGPT and MLX call it."""
 
-_SECRET_NAME = re.compile(
-    r"(^|[_-])(token|api[_-]?key|password|passwd|secret|credentials?|access[_-]?key)($|[_-])", re.IGNORECASE
-)
-_SECRET_VALUE = re.compile(
-    r"\b(hf_|sk-|sk-proj-|ghp_|github_pat_|AKIA|glpat-|xox[bp]-)[A-Za-z0-9]{16,}|(?<=://)[^/\s@]+:[^/\s@]*@"
-)
-
 
 def nearest_key(path: str, taken: Iterable[str] = ()) -> str:
     """Return ` (did you mean ...?)` for an unknown key, or nothing; `taken` are keys already written."""
@@ -106,28 +99,13 @@ def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | Non
     return found[0] if found else None
 
 
-def is_secret_name(key: str) -> bool:
-    """Say whether a key is named like a password, token or API key."""
-    return _SECRET_NAME.search(key) is not None
-
-
-def holds_secret(value: Any) -> bool:
-    """Say whether a text looks like an access token, or like an address with a password in it."""
-    return isinstance(value, str) and _SECRET_VALUE.search(value) is not None
-
-
-def redacted(text: str) -> str:
-    """Return the text with what looks like a secret replaced by `***`."""
-    return _SECRET_VALUE.sub("***", text)
-
-
 def shown(value: Any, limit: int = 60) -> str:
     """Return a value as an error message shows it: short, on one line, redacted."""
     if isinstance(value, str):
         text = f"the text {redacted(value)[: limit + 1]!r}" if value else "an empty text"
     elif isinstance(value, (dict, list)):
         kind = "a block" if isinstance(value, dict) else "a list"
-        text = f"{kind}, {redacted(json.dumps(value, ensure_ascii=False)[:1000])}"
+        text = f"{kind}, {redacted(json.dumps(without_secrets(value), ensure_ascii=False)[:1000])}"
     else:
         text = "nothing (null)" if value is None else json.dumps(value)
     return text if len(text) <= limit + 12 else text[:limit] + "..."

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from lora_cli.disk import writing
+from lora_cli.redaction import redacted
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -38,7 +39,7 @@ class Log:
     def line(self, text: str) -> None:
         """Print one message."""
         if self.speaks:
-            self.console.print(text, markup=False)
+            self.console.print(redacted(text), markup=False)
 
     def table(self, table: Table) -> None:
         """Print a table."""

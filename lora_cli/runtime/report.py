@@ -15,6 +15,7 @@ from lora_cli.models.memory import peak_memory
 from lora_cli.recipe.data_block import CHOICES
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
+from lora_cli.redaction import redacted
 from lora_cli.types import Evaluated, Prepared, Trained
 
 
@@ -98,7 +99,7 @@ def model_card(summary: dict[str, Any], recipe: Recipe) -> str:
     lines += ["Fingerprints of what it was made of:", ""]
     lines += [f"- {name}: `{fingerprint}`" for name, fingerprint in summary["fingerprints"].items()]
     lines += ["", "## Recipe", "", "```yaml", _public_recipe(recipe).rstrip(), "```", ""]
-    return "\n".join(lines)
+    return redacted("\n".join(lines))
 
 
 def _public_recipe(recipe: Recipe) -> str:

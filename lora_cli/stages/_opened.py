@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,32 @@ from lora_cli.errors import InputError
 from lora_cli.manifest import MANIFEST, verify
 from lora_cli.models.load import base_fingerprint, base_folder, load_tokenizer
 from lora_cli.models.nf4 import Quantization
+from lora_cli.models.safety import check_tokenizer
 from lora_cli.models.weight_files import read_json
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime.run_folder import RunFolder
 
 
-def locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
+def base(recipe: Recipe, log: Callable[[str], None]) -> Path:
+    """Return the folder of the recipe's base, compared with its manifest where it has one; say where its code will run.
+
+    Raises:
+        InputError: the base cannot be used, or is damaged.
+    """
+    folder = _model_folder(recipe.model.base, recipe.model.revision, recipe, log)
+    _require_sound(folder)
+    return folder
+
+
+def _model_folder(name: str, revision: str | None, recipe: Recipe, log: Callable[[str], None]) -> Path:
+    runs_code = recipe.model.trust_remote_code
+    folder = base_folder(name, revision, runs_code=runs_code)
+    if runs_code and name != "tiny":
+        log(f"warning: model.trust_remote_code: Python code in {folder} will run")
+    return folder
+
+
+def locate(target: Path, recipe: Recipe, log: Callable[[str], None]) -> tuple[Path | None, Path]:
     """Return the adapter folder, if any, and the folder of the model it stands on; both are compared with their
     manifests, where they have one, as an export of a run must."""
     if not target.is_dir():
@@ -31,8 +52,8 @@ def locate(target: Path, recipe: Recipe) -> tuple[Path | None, Path]:
     else:
         _require_sound(target)
     if (target / _peft.CONFIG_FILE).is_file():
-        return target, base_of(recipe)
-    return None, base_folder(str(target))
+        return target, base(recipe, log)
+    return None, _model_folder(str(target), None, recipe, log)
 
 
 def base_of(recipe: Recipe) -> Path:
@@ -96,7 +117,10 @@ def tokenizer_of(adapter: Path | None, base: Path) -> tuple[Any, bool]:
     if adapter is None or not (adapter / "tokenizer.json").is_file():
         return known, False
     chosen = _peft.read_config(adapter).get("trainable_token_indices")
-    own = load_tokenizer(adapter) if chosen else known
+    if not chosen:
+        return known, False
+    check_tokenizer(adapter)
+    own = load_tokenizer(adapter)
     return (own, True) if len(own) > len(known) else (known, False)
 
 

@@ -23,9 +23,11 @@ from lora_cli.adapters import Method, _peft, _portable
 from lora_cli.adapters._base import AdapterLinear, replace_module
 from lora_cli.adapters._whole import TrainedModule
 from lora_cli.errors import LoraError
+from lora_cli.models import remote_code
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
 from lora_cli.models.nf4 import quantized_layers
+from lora_cli.models.safety import MORE_TEMPLATES, TOKENIZER_FILES
 from lora_cli.models.tensor_files import disk_errors, require_finite
 from lora_cli.publish import published
 from lora_cli.recipe.schema import Export
@@ -34,20 +36,6 @@ from lora_cli.types import Example
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest logit difference, absolute, between what was meant to be written and what was read back."""
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-_MORE_TEMPLATES = "additional_chat_templates"
-"""Folder of a tokenizer that has several."""
 
 
 def run(
@@ -92,6 +80,7 @@ def run(
         needed = _space.export_bytes([form], settings, base, model, method)
         with published(target, facts=dict(facts), needed=needed) as staging:
             if form == "merged":
+                remote_code.settle(staging, runs_code=remote_code.may_run(base))
                 difference, measured = _export_merged(staging, model, base, settings, sample, log)
                 differences |= measured
             else:
@@ -271,13 +260,13 @@ def _add_companions(
 ) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for name in _TOKENIZER_FILES if tokenizer is None else ():
+    for name in TOKENIZER_FILES if tokenizer is None else ():
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     if chat_template is not None:
         _replace_template(folder, chat_template)
-    elif (base / _MORE_TEMPLATES).is_dir():
-        shutil.copytree(base / _MORE_TEMPLATES, folder / _MORE_TEMPLATES)
+    elif (base / MORE_TEMPLATES).is_dir():
+        shutil.copytree(base / MORE_TEMPLATES, folder / MORE_TEMPLATES)
     # Its other settings stay as they are: transformers reads some that it refuses to write.
     source = base / "generation_config.json"
     settings = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}

@@ -119,9 +119,9 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda folder: (folder / _peft.CONFIG_FILE).unlink(), "no such file"),
     "config is not JSON": (
         lambda folder: (folder / _peft.CONFIG_FILE).write_text("{"),
-        "not readable as JSON",
+        "not valid JSON",
     ),
-    "config is a list": (lambda folder: (folder / _peft.CONFIG_FILE).write_text("[]"), "holds a list"),
+    "config is a list": (lambda folder: (folder / _peft.CONFIG_FILE).write_text("[]"), "not a JSON object"),
     "another method": (edit_config(peft_type="LOKR"), "peft_type is 'LOKR'"),
     "no peft_type": (edit_config(peft_type=...), "peft_type is None"),
     "rank 0": (edit_config(r=0), "r is 0"),

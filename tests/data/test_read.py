@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_cli.data import lines, read
+from lora_cli.data import hub, lines, read
 from lora_cli.data.faults import Faults
 from lora_cli.data.head import check_head
 from lora_cli.data.hub import load_hub
@@ -263,6 +263,7 @@ def test_hub_rows_come_from_the_split(monkeypatch):
         return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "_reader_of", lambda *_: "json")
     load_hub.cache_clear()
     rows = list(read.find_sources("owner/name:main", "data.train", "validation")[0].rows(Faults("x")))
     assert calls == [(("owner/name", "main"), {"split": "validation", "revision": None})]
@@ -278,6 +279,7 @@ def test_hub_faults_are_input_errors(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' doesn't exist\ndetails")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "_reader_of", lambda *_: "json")
     load_hub.cache_clear()
     with pytest.raises(
         InputError, match=r"owner/name: the hub data set cannot be loaded \(split train\)"

@@ -157,6 +157,7 @@ def test_the_revision_reaches_the_hub(tokenizer, monkeypatch):
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "_reader_of", lambda *_: "json")
     hub.load_hub.cache_clear()
     prepared, _ = run(
         tokenizer, train="owner/name", eval="owner/name", train_split="a", eval_split="b", revision="v2"

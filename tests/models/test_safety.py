@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from model_folders import CONFIG, safetensors_bytes, shard, write_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from toy import write_base
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.errors import InputError
 from lora_cli.models.safety import check_model_folder
-from lora_cli.models.weight_files import read_header
+from lora_cli.models.weight_files import read_header, stored_names
 
 
 def _set(name: str, **values: object) -> Callable[[Path], None]:
@@ -51,6 +53,15 @@ def _pickled_only(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
 
 
+def _linked(name: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        (folder.parent / "elsewhere").write_text("{}")
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(folder.parent / "elsewhere")
+
+    return change
+
+
 def _header(**entry: object) -> bytes:
     tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | entry
     text = json.dumps({"w": tensor}).encode()
@@ -69,10 +80,45 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "remote code in a list": (_set("config.json", parts=[{"auto_map": {"a": "b"}}]), "names code"),
     "tokenizer code": (_set("tokenizer_config.json", auto_map={"AutoTokenizer": ["t.py"]}), "names code"),
     "generation code": (_set("generation_config.json", custom_generate="x/y"), "names code"),
+    "tokenizer code as a list": (_set("tokenizer_config.json", auto_map=["t.T", None]), "names code"),
+    "kernel as attention": (_set("config.json", _attn_implementation="x/y"), "names code to run, a kernel"),
+    "kernel of a revision": (
+        _set("config.json", attn_implementation="y@main"),
+        "names code to run, a kernel",
+    ),
+    "kernel of a part": (_set("config.json", attn_implementation={"": "sdpa", "text": "x/y:f"}), "a kernel"),
+    "kernel in a part": (
+        _set("config.json", text_config={"_attn_implementation": "x/y"}),
+        "text_config._attn",
+    ),
+    "kernel as experts": (_set("config.json", experts_implementation="x|y"), "names code to run, a kernel"),
+    "internal experts": (_set("config.json", _experts_implementation_internal="x"), "names code"),
+    "config by version": (_set("config.json", configuration_files=["config.4.0.json"]), "names other files"),
+    "tokenizer by version": (
+        _set("tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.json"]),
+        "names other",
+    ),
+    "weights by name": (_set("config.json", transformers_weights="x.safetensors"), "names other files"),
+    "more files": (_set("config.json", extra_files=["x.bin"]), "extra_files names other files"),
+    "arguments of a tokenizer": (
+        _set("tokenizer_config.json", init_inputs=["x"]),
+        "init_inputs names other files",
+    ),
+    "adapter beside": (_write("adapter_config.json", b"{}"), "adapter_config.json: lies beside a model"),
+    "distributed": (_write("shard-00000-model-00001-of-00001.safetensors", b""), "a distributed checkpoint"),
+    "linked tokenizer": (_linked("tokenizer.model"), "is a link out of the folder"),
+    "linked template": (_linked("additional_chat_templates/x.jinja"), "is a link out of the folder"),
     "no model type": (_set("config.json", model_type=None), "no model_type"),
     "encoder": (_set("config.json", model_type="bert"), "not a decoder-only"),
     "encoder-decoder": (_set("config.json", is_encoder_decoder=True), "encoder-decoder"),
     "a billion layers": (_set("config.json", num_hidden_layers=10**9), "(download it again)"),
+    "a billion experts": (
+        _set("config.json", num_experts=10**9, moe_intermediate_size=64),
+        "the weight files hold",
+    ),
+    "a huge head": (_set("config.json", head_dim=10**10), "the weight files hold"),
+    "a million learned positions": (_set("config.json", n_positions=10**6), "the weight files hold"),
+    "a shard of an endless name": (lambda f: shard(f, {"embed": "x" * 5000 + ".safetensors"}), "not there"),
     "huge hidden size": (_set("config.json", hidden_size=10**400), "1e+13"),
     "larger than its weights": (_set("config.json", hidden_size=100_000), "the weight files hold"),
     "no weights": (_remove("model.safetensors"), "no weights"),
@@ -95,6 +141,81 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (_remove("tokenizer.json"), "no tokenizer.json"),
     "tokenizer is not JSON": (_write("tokenizer.json", b"x"), "tokenizer.json: not valid JSON"),
 }
+
+
+def _linked_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "weights")
+    (folder / "model.safetensors").symlink_to(folder.parent / "weights")
+
+
+FINE: dict[str, Callable[[Path], object]] = {
+    "an attention by name": _set(
+        "config.json", _attn_implementation="flash_attention_2", attn_implementation=None
+    ),
+    "no inputs": _set("tokenizer_config.json", init_inputs=[], fast_tokenizer_files=None),
+    "no remote code": _set("config.json", trust_remote_code=False, auto_map=None),
+    "pickles beside": _write("pytorch_model.bin", b"\x80\x04."),
+    "a link within": lambda folder: (folder / "tokenizer.model").symlink_to("tokenizer.json"),
+    "linked weights": _linked_weights,
+}
+
+
+@pytest.mark.parametrize("case", FINE)
+def test_what_is_harmless_is_let_through(tmp_path: Path, case: str) -> None:
+    """Plain names, empty entries, pickles that nobody reads, and links within the folder are no fault."""
+    folder = write_model(tmp_path / "model")
+    FINE[case](folder)
+    assert check_model_folder(folder).parameters == 40
+
+
+def test_links_of_the_hubs_cache_are_let_through(tmp_path: Path) -> None:
+    """A snapshot's files are links to blobs of the model, or to those that models share; no other link passes."""
+    model = tmp_path / "models--x--y"
+    folder = write_model(model / "snapshots" / "0123")
+    (model / "blobs").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).rename(model / "blobs" / name)
+        (folder / name).symlink_to(f"../../blobs/{name}")
+    (tmp_path / "blobs").mkdir()
+    (model / "blobs" / "tokenizer.json").rename(tmp_path / "blobs" / "ab")
+    (model / "blobs" / "tokenizer.json").symlink_to("../../blobs/ab")
+    assert check_model_folder(folder).parameters == 40
+    (tmp_path / "secret").write_text("{}")
+    (folder / "added_tokens.json").symlink_to("../../../secret")
+    with pytest.raises(InputError, match=r"added_tokens\.json: is a link out of the folder"):
+        check_model_folder(folder)
+
+
+def test_weights_come_before_an_index(tmp_path: Path) -> None:
+    """Of a folder with both, what transformers reads is judged: model.safetensors, whatever the index says."""
+    folder = write_model(tmp_path / "model")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"embed": "../../evil.bin"}}))
+    assert stored_names(folder) == {"embed": "model.safetensors", "proj": "model.safetensors"}
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="cut off"):
+        check_model_folder(folder)
+
+
+def test_transformers_would_read_what_is_refused(tmp_path: Path) -> None:
+    """The keys that name other files do lead it there: another config, another tokenizer, other weights."""
+    base = write_base(tmp_path / "base")
+    for name, key, value in (
+        ("config", "configuration_files", ["config.4.0.0.json"]),
+        ("tokenizer_config", "fast_tokenizer_files", ["tokenizer.4.0.0.json"]),
+    ):
+        content = json.loads((base / f"{name}.json").read_text())
+        (base / f"{name}.json").write_text(json.dumps(content | {key: value}))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.4.0.0.json").write_text(json.dumps(config | {"hidden_size": 16}))
+    (base / "tokenizer.4.0.0.json").write_text("not one")
+    assert AutoConfig.from_pretrained(base).hidden_size == 16
+    with pytest.raises(Exception, match=r"expected|Expecting"):
+        AutoTokenizer.from_pretrained(base)
+    del config["configuration_files"]
+    (base / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    with pytest.raises(OSError, match=r"other\.safetensors|No such file"):
+        AutoModelForCausalLM.from_pretrained(base)
 
 
 @pytest.mark.parametrize("case", BAD)

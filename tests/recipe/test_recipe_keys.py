@@ -10,7 +10,8 @@ from lora_cli.errors import InputError
 from lora_cli.recipe.explain import explain
 from lora_cli.recipe.keys import all_keys, json_schema
 from lora_cli.recipe.load import load_recipe
-from lora_cli.recipe.suggest import OTHER_NAMES, holds_secret, is_secret_name, nearest_key, redacted
+from lora_cli.recipe.suggest import OTHER_NAMES, nearest_key
+from lora_cli.redaction import holds_secret, is_secret_name, redacted
 
 PATHS = sorted({key.path for key in all_keys()})
 
