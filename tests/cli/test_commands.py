@@ -214,7 +214,9 @@ def test_the_state_of_the_output_folder_decides(folder: Path) -> None:
         preflight.check(recipe, resume=False)
     assert preflight.check(recipe)[-1].endswith("to be resumed")
     assert preflight.check(recipe, overwrite=True)[-1].endswith("to be overwritten")
-    (folder / "out" / "summary.json").write_text('{"status": "done"}')
+    (folder / "out" / "summary.json").write_text(
+        '{"status": "done", "eval": {}, "fingerprints": {}, "recipe": {}}'
+    )
     assert preflight.check(recipe)[-1].endswith("holds a finished run")
 
 
