@@ -83,7 +83,8 @@ def test_a_run_goes_on_after_a_million_steps_as_soon_as_it_begins(
 
     late = run / "checkpoints" / f"step-{STEP}"
     facts = verify(run / "checkpoints" / "step-2")
-    del facts["files"]
+    for key in ("files", "format_version", "sha256"):
+        del facts[key]
     with published(late, facts=facts | {"step": STEP}) as staging:
         shutil.copytree(
             run / "checkpoints" / "step-2", staging, dirs_exist_ok=True, ignore=lambda *_: ["manifest.json"]
