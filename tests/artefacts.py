@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from lora_cli.publish import MANIFEST, sha256_of
+from lora_cli.manifest import MANIFEST, sha256_of
 
 CANARY = "canary"
 

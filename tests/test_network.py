@@ -26,7 +26,8 @@ def in_process(folder: Path, *commands: list[str], **variables: str) -> tuple[li
     seen = folder / "site/seen"
     seen.unlink(missing_ok=True)
     calls = "; ".join(f"codes.append({COMMANDS[name].__name__}({rest!r}))" for name, *rest in commands)
-    code = f"from lora_cli.cli import *; codes = []; {calls}; print('codes', *codes)"
+    several = "from lora_cli.data import processes; processes.CORES = 1"
+    code = f"{several}; from lora_cli.cli import *; codes = []; {calls}; print('codes', *codes)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False,

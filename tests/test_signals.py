@@ -104,7 +104,7 @@ PHASES: dict[str, tuple[Seen, float]] = {
     "save": (lambda run, cache, done: list(run.glob("checkpoints/.tmp-step-3-*")), 0.005),
     "last step": (lambda run, cache, done: done.says(r"^step +3/"), 0.4),
     "evaluation": (lambda run, cache, done: (run / f"checkpoints/step-{TOTAL}").exists(), 0.3),
-    "export": (lambda run, cache, done: list(run.glob(".tmp-*")), 0.1),
+    "export": (lambda run, cache, done: list(run.glob(".tmp-adapter-*")), 0.1),
 }
 
 
@@ -206,7 +206,9 @@ def test_workers_end_with_the_command(job: Job, tmp_path: Path) -> None:
         pytest.skip("one core: the rows are tokenized in the main process")
     cache = tmp_path / "cache"
     recipe = job.recipe(tmp_path, "b")
-    process = Process([sys.executable, "-m", "lora_cli", str(recipe)], cache)
+    several = "from lora_cli.data import processes; processes.CORES = 1"
+    command = f"{several}; from lora_cli.cli import train_main; raise SystemExit(train_main())"
+    process = Process([sys.executable, "-c", command, str(recipe)], cache)
     children: set[int] = set()
 
     def started() -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_cli import disk
 from lora_cli.adapters import Method, _portable
 from lora_cli.errors import ResourceError
+from lora_cli.models import remote_code
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.safety import check_model_folder
 from lora_cli.recipe.schema import Export, Recipe
@@ -64,10 +65,11 @@ def export_bytes(
     forms: Collection[str], settings: Export, base: Path, model: AdaptedModel, method: Method
 ) -> int:
     """Return about how many bytes these formats take together, tokenizers and cards among them."""
+    runs_code = remote_code.may_run(base)
     sizes = {
         "peft": method.disk_bytes,
         "portable": lambda: _portable.expected_bytes(method, settings.portable_rank),
-        "merged": lambda: check_model_folder(base).parameters * model.dtype.itemsize,
+        "merged": lambda: check_model_folder(base, runs_code=runs_code).parameters * model.dtype.itemsize,
     }
     beside = sum(
         disk.size_of(path) for path in base.iterdir() if path.is_file() and path.suffix != ".safetensors"
