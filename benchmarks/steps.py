@@ -45,7 +45,9 @@ def gradient_step(path: Path, overrides: Sequence[str], rt: Runtime) -> Gradient
         resumed=lambda: None, rt=rt, log=lambda line: None,
     )  # fmt: skip
     objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
-    return GradientStep(plan, model, method, objective, prepared.train, recipe.run.seed, rt)
+    return GradientStep(
+        plan, model, method, objective, prepared.train, recipe.run.seed, rt, lambda line: None
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

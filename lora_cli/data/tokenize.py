@@ -203,8 +203,9 @@ class Tokenization:
             self._tools[train_on] = made, Encoder(self.tokenizer, made.controls)
         renderer, encoder = self._tools[train_on]
         raw_rows = islice(task.source.rows(faults, task.part), task.max_rows)
-        # The tokenizer does not need Python: while it encodes a chunk, the next one is read and rendered.
-        with ThreadPoolExecutor(1) as pool:
+        # The tokenizer does not need Python: while it encodes one chunk, the masks of the one before are made,
+        # and the next one is read and rendered.
+        with ThreadPoolExecutor(2) as pool:
             waiting: deque[tuple[_Chunk, list[int], Future[list[Example]]]] = deque()
             for chunk in _chunks(raw_rows, task.reading, faults):
                 single = [(index, one) for index, (_, row) in enumerate(chunk) for one in _conversations(row)]
@@ -217,7 +218,7 @@ class Tokenization:
                 good = [(index, text) for (index, _), text in zip(single, rendered, strict=True) if text]
                 future = pool.submit(encoder.encode, [text for _, text in good])
                 waiting.append((chunk, [index for index, _ in good], future))
-                if len(waiting) > 1:
+                if len(waiting) > 2:
                     yield from _whole_rows(*waiting.popleft())
             for entry in waiting:
                 yield from _whole_rows(*entry)
