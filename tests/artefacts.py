@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
+from sealed import reseal, sign
 
-from lora_cli.manifest import MANIFEST, sha256_of
+from lora_cli.manifest import MANIFEST
 
 CANARY = "canary"
 
@@ -58,18 +59,6 @@ def edit(path: Path, **values: Any) -> None:
     """Set keys of a JSON file, which need not be there."""
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(content | values))
-
-
-def remanifest(folder: Path) -> None:
-    """Make a manifest agree with changed files, as somebody who changes them on purpose does."""
-    path = folder / MANIFEST
-    manifest = json.loads(path.read_text())
-    manifest["files"] = {
-        one.relative_to(folder).as_posix(): {"size": one.stat().st_size, "sha256": sha256_of(one)}
-        for one in folder.rglob("*")
-        if one.is_file() and one.name != MANIFEST
-    }
-    path.write_text(json.dumps(manifest))
 
 
 @dataclass(frozen=True)
@@ -116,7 +105,7 @@ def _template(source: str) -> Callable[[Path], None]:
             (folder / place / "chat_template.jinja").write_text(
                 source.replace("CANARY", str(folder / CANARY))
             )
-        remanifest(folder / "run/adapter")
+        reseal(folder / "run/adapter")
 
     return plant
 
@@ -201,7 +190,7 @@ def _followed_base(folder: Path) -> None:
     edit(folder / "evil/config.json", auto_map={"AutoModelForCausalLM": "evil.Evil"})
     for name in (str(folder / "evil"), "evil/repository"):
         edit(folder / "run/adapter/adapter_config.json", base_model_name_or_path=name)
-    remanifest(folder / "run/adapter")
+    reseal(folder / "run/adapter")
 
 
 def _generation(folder: Path) -> None:
@@ -213,7 +202,7 @@ def _generation(folder: Path) -> None:
 def _adapter_keys(**values: Any) -> Callable[[Path], None]:
     def plant(folder: Path) -> None:
         edit(folder / "run/adapter/adapter_config.json", **values)
-        remanifest(folder / "run/adapter")
+        reseal(folder / "run/adapter")
 
     return plant
 
@@ -223,7 +212,7 @@ def _adapter_tensors(folder: Path) -> None:
     tensors = load_file(path)
     tensors["base_model.model.../../../canary.lora_A.weight"] = tensors.pop(sorted(tensors)[0])
     save_file(tensors, path)
-    remanifest(folder / "run/adapter")
+    reseal(folder / "run/adapter")
 
 
 def _recipe(text: str) -> Callable[[Path], None]:
@@ -254,7 +243,7 @@ def _links_beside_the_adapter(*names: str) -> Callable[[Path], None]:
             path = folder / "run/adapter" / name
             path.unlink(missing_ok=True)
             path.symlink_to(folder / "secret")
-        remanifest(folder / "run/adapter")
+        reseal(folder / "run/adapter")
 
     return plant
 
@@ -271,7 +260,7 @@ def _manifest_that_leaves(folder: Path) -> None:
             "../../../../secret": {"size": 1, "sha256": "0"},
             "/etc/passwd": {"size": 1, "sha256": "0"},
         }
-        path.write_text(json.dumps(manifest))
+        sign(path, manifest)
 
 
 def _unpicklable_cache(folder: Path) -> None:
@@ -280,7 +269,7 @@ def _unpicklable_cache(folder: Path) -> None:
         if (cache / MANIFEST).is_file():
             for name in ("lines.npy", "offsets.npy", "identities.npy"):
                 np.save(cache / name, np.array([_Touch(folder / CANARY)], dtype=object), allow_pickle=True)
-            remanifest(cache)
+            reseal(cache)
 
 
 def _rows(name: str) -> Callable[[Path], None]:
