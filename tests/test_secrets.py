@@ -18,7 +18,7 @@ from lora_cli.redaction import holds_secret, redacted
 TOKENS = {
     "hugging face": "hf_" + "aB3" * 11 + "z",
     "openai": "sk-proj-" + "Ab_9-" * 8,
-    "anthropic": "sk-ant-api03-" + "Ab_9-" * 8,
+    "a provider with a prefix of its own": "sk-ant-api03-" + "Ab_9-" * 8,
     "github": "ghp_" + "aB3" * 12,
     "github, fine-grained": "github_pat_" + "aB3_" * 10,
     "gitlab": "glpat-" + "aB3x" * 5,
