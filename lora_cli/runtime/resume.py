@@ -125,16 +125,17 @@ def find_step(
     checkpoints = _checkpoints(folder, recipe)
     damage: list[str] = []
     step = checkpoints.newest(damage.append)
-    for line in damage:
-        log(line)
     if step is None:
         if damage:
+            damage = [line.removeprefix("warning: checkpoint passed over: ") for line in damage]
             raise InputError(
                 f"{folder.path}: cannot be resumed: {'; '.join(damage)} (--overwrite starts again, or choose another"
                 " run.output)"
             )
         log("resume: no checkpoint, starting anew")
         return None
+    for line in damage:
+        log(line)
     before = checkpoints.facts(step)
     changes = changed_keys(_recipe_of(before, folder), recipe)
     differences = [f"{key}: {change}" for key, change in changes.items() if changes_training(key)]
