@@ -27,9 +27,7 @@ from typing import Any
 from lora_cli.disk import writing
 from lora_cli.errors import InputError, ResourceError
 from lora_cli.failpoints import reach
-from lora_cli.manifest import MANIFEST as MANIFEST
-from lora_cli.manifest import sync, write_manifest
-from lora_cli.manifest import verify as verify
+from lora_cli.manifest import sync, verify, write_manifest
 
 _HIDDEN = re.compile(r"\.(tmp|old|del)-(.+)-(\d+)", re.DOTALL)
 

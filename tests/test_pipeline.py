@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli import pipeline
 from lora_cli.errors import DivergedError, GateError, InputError
-from lora_cli.publish import verify
+from lora_cli.manifest import verify
 from lora_cli.recipe.gates import Gate
 from lora_cli.recipe.load import load_recipe
 

@@ -25,7 +25,7 @@ import pytest
 from command_line import run_here
 from toy import rows, write_base, write_recipe, write_rows
 
-from lora_cli.publish import verify
+from lora_cli.manifest import verify
 
 SETTINGS: dict[str, Any] = {
     "adapter": {"method": "lora", "rank": 4, "dropout": 0.1, "init": "eva"},

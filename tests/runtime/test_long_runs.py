@@ -11,7 +11,8 @@ import pytest
 from toy import write_base, write_recipe
 
 from lora_cli.cli import train_main
-from lora_cli.publish import published, verify
+from lora_cli.manifest import verify
+from lora_cli.publish import published
 from lora_cli.runtime import order
 from lora_cli.runtime.log import METRICS_FILE, Log
 

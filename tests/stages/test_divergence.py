@@ -15,9 +15,9 @@ from toy import write_base, write_recipe
 
 from lora_cli import adapters, pipeline
 from lora_cli.errors import DivergedError
+from lora_cli.manifest import verify
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives.sft import Sft
-from lora_cli.publish import verify
 from lora_cli.recipe.load import load_recipe
 from lora_cli.runtime import order
 from lora_cli.runtime.optim import MasterAdamW
