@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters._fused import LowRankProduct
 from lora_cli.adapters._targets import BaseLinear
 from lora_cli.models.nf4 import QuantizedLinear
 
@@ -31,6 +34,8 @@ class AdapterLinear(nn.Module, ABC):
         self.base: BaseLinear = cast(BaseLinear, base)  # an embedding is a linear layer of unit vectors
         self.enabled = True
         """False: the layer computes exactly what the base does."""
+        self.dropout = 0.0
+        """Part of the update's input that is left out in training."""
         self.bias: nn.Parameter | None = None
         """Trained in place of the base's own where `train_bias` was called, (out,) float32."""
         self._unmerged: tuple[nn.Parameter | QuantizedLinear] | None = None
@@ -58,11 +63,13 @@ class AdapterLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply base and update: (..., in) -> (..., out)."""
-        y: Tensor = self.base(x)
-        if self.enabled and not self.merged:
-            y = self.adapt(x, y)
-            if self.bias is not None and self.base.bias is not None:
-                y = y + (self.bias - self.base.bias.float()).to(y.dtype)
+        y: Tensor
+        if not self.enabled or self.merged:
+            y = self.base(x)
+            return y
+        y = self.adapt(x)
+        if self.bias is not None and self.base.bias is not None:
+            y = y + (self.bias - self.base.bias.float()).to(y.dtype)
         return y
 
     def train_bias(self) -> bool:
@@ -72,8 +79,28 @@ class AdapterLinear(nn.Module, ABC):
         return self.bias is not None
 
     @abstractmethod
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the adapted output from the input (..., in) and the base's output (..., out)."""
+    def adapt(self, x: Tensor) -> Tensor:
+        """Return what base and update make of an input: (..., in) -> (..., out)."""
+
+    def product(
+        self,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        factors: tuple[Tensor, Tensor],
+        frozen: Sequence[Sequence[Tensor]] = (),
+    ) -> Tensor:
+        """Return W x + scale B A x + bias and `frozen` updates of x, see `LowRankProduct`: (..., in) -> (..., out)."""
+        bias = self.base.bias
+        y: Tensor = LowRankProduct.apply(
+            x, self.dropped(x), a, b, scale, factors, self.base_weight, bias, frozen
+        )
+        return y
+
+    def dropped(self, x: Tensor) -> Tensor | None:
+        """Return x after dropout; None where there is none."""
+        return F.dropout(x, self.dropout) if self.dropout and self.training else None
 
     @abstractmethod
     def merged_weight(self) -> Tensor:

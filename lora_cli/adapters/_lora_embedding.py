@@ -51,8 +51,9 @@ class LoraEmbedding(AdapterLinear):
         """Return that there is none."""
         return False
 
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the scaled update to the rows looked up: ids (...), (..., out) -> (..., out)."""
+    def adapt(self, x: Tensor) -> Tensor:
+        """Return the rows looked up and their scaled update: ids (...) -> (..., out)."""
+        y: Tensor = self.base(x)
         h = F.embedding(x, self.lora_embedding_A.T)  # (..., r)
         update = F.linear(h * self.scale, self.lora_embedding_B) * self.output_scale
         return y + update.to(y.dtype)

@@ -1,7 +1,7 @@
 """The layers of LoRA: a low-rank update beside a frozen linear layer, and one that starts elsewhere than at zero.
 
-A and B are float32 and are cast to the input's dtype in the forward pass: bf16 steps would round small updates away,
-bf16 products lose nothing that the base's own do not.
+A and B are float32 and are multiplied in the input's dtype: bf16 steps would round small updates away, bf16 products
+lose nothing that the base's own do not.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_cli.adapters._base import AdapterLinear, BaseLinear
+from lora_cli.adapters._fused import Cast, cast
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
@@ -31,6 +31,7 @@ class LoraLinear(AdapterLinear):
         self.dropout = dropout
         self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=self.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.device))
+        self._cast = Cast()
 
     def reset(self, seed: int) -> None:
         """Draw A from U(-1/sqrt(in), 1/sqrt(in)) and set B to zero; equal on every device for equal `seed`."""
@@ -47,11 +48,10 @@ class LoraLinear(AdapterLinear):
         self.lora_A.copy_(a)
         self.lora_B.copy_(b)
 
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the scaled update to the base's output: (..., in), (..., out) -> (..., out)."""
-        x = F.dropout(x, self.dropout, self.training)
-        h = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
-        return y + F.linear(h * self.scale, self.lora_B.to(x.dtype))
+    def adapt(self, x: Tensor) -> Tensor:
+        """Return W x + scale B A x + bias: (..., in) -> (..., out)."""
+        factors = self._cast.of(self.lora_A, self.lora_B, self.scale, x.dtype)
+        return self.product(x, self.lora_A, self.lora_B, self.scale, factors)
 
     def merged_weight(self) -> Tensor:
         """Return W + scale B A, (out, in) float32."""
@@ -97,11 +97,10 @@ class ShiftedLoraLinear(LoraLinear):
         a = torch.cat([self.lora_A, self.lora_A - self.initial_A])
         return a, torch.cat([self.lora_B - self.initial_B, self.initial_B], dim=1)
 
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the scaled difference to the base's output: (..., in), (..., out) -> (..., out)."""
+    def adapt(self, x: Tensor) -> Tensor:
+        """Return W x, the scaled difference of x and the bias: (..., in) -> (..., out)."""
         a, b = self.factors()
-        h = F.linear(F.dropout(x, self.dropout, self.training), a.to(x.dtype))  # (..., 2r), or (..., r)
-        return y + F.linear(h * self.scale, b.to(x.dtype))
+        return self.product(x, a, b, self.scale, cast(a, b * self.scale, x.dtype))
 
     def merged_weight(self) -> Tensor:
         """Return W + scale (B A - B0 A0), (out, in) float32."""

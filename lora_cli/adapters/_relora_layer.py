@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_cli.adapters._base import BaseLinear
+from lora_cli.adapters._fused import cast, laid_out
 from lora_cli.adapters._low_rank import LoraLinear
 
 
@@ -25,16 +28,16 @@ class ReloraLinear(LoraLinear):
         self.register_parameter("delta", None)
         self.register_buffer("past_delta", None, persistent=False)
         self._forget_factors()
+        self._merged: list[object] = []  # what `_chains` was made of
+        self._chains: list[tuple[Tensor, ...]] = []
 
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add what was merged, without dropout, and the live update: (..., in), (..., out) -> (..., out)."""
+    def adapt(self, x: Tensor) -> Tensor:
+        """Return W x, what was merged, without dropout, the live update and the bias: (..., in) -> (..., out)."""
         if self.delta is not None:
+            y: Tensor = self.base(x)
             return y + F.linear(x, self.delta.to(x.dtype))
-        if self.past_delta is not None:
-            y = y + F.linear(x, self.past_delta.to(x.dtype))
-        if len(self.past_A):
-            y = y + F.linear(F.linear(x, self.past_A.to(x.dtype)), self.past_B.to(x.dtype))
-        return super().adapt(x, y)
+        factors = self._cast.of(self.lora_A, self.lora_B, self.scale, x.dtype)
+        return self.product(x, self.lora_A, self.lora_B, self.scale, factors, self._past_chains(x.dtype))
 
     def merged_weight(self) -> Tensor:
         """Return W + P + scale B A, (out, in) float32; in the warm start W and the update that is trained."""
@@ -101,6 +104,17 @@ class ReloraLinear(LoraLinear):
         self.past_delta = None
         for name, value in past.items():
             setattr(self, name, value.to(self.device))
+
+    def _past_chains(self, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        """Return what was merged as `LowRankProduct` takes it; a restart makes new tensors, and so a new cast."""
+        merged: list[object] = [self.past_delta, self.past_A, self.past_B, dtype]
+        if any(was is not now for was, now in zip_longest(self._merged, merged)):
+            self._merged, self._chains = merged, []
+            if self.past_delta is not None:
+                self._chains.append((laid_out(self.past_delta.T, dtype),))
+            if len(self.past_A):
+                self._chains.append(cast(self.past_A, self.past_B, dtype))
+        return self._chains
 
     def _all_factors(self) -> tuple[Tensor, Tensor]:
         return (

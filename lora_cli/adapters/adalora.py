@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lora_cli.adapters import _adalora_config
 from lora_cli.adapters._adalora_budget import Importance, Schedule, budget, settle_schedule
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method, OptimizerState
+from lora_cli.adapters._fused import cast
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
 from lora_cli.types import Progress
@@ -68,12 +68,11 @@ class AdaLoraLinear(AdapterLinear):
                 parameter.copy_(torch.empty(parameter.shape).normal_(std=0.02, generator=generator))
             self.lora_E.zero_()
 
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the update to the base's output: (..., in), (..., out) -> (..., out)."""
-        x = F.dropout(x, self.dropout, self.training)
+    def adapt(self, x: Tensor) -> Tensor:
+        """Return W x, the update of x and the bias: (..., in) -> (..., out)."""
         # E is put into A, r x in, and not into the product, r x tokens, which is larger.
         right = self.lora_A * (self.lora_E * self.scale)
-        return y + F.linear(F.linear(x, right.to(x.dtype)), self.lora_B.to(x.dtype))
+        return self.product(x, right, self.lora_B, 1.0, cast(right, self.lora_B, x.dtype))
 
     def merged_weight(self) -> Tensor:
         """Return W + scale B diag(E) A, (out, in) float32."""

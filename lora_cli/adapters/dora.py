@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_cli.adapters._base import AdapterLinear, BaseLinear
+from lora_cli.adapters._fused import StretchedProduct, cast
 from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.adapters.lora import Lora
 from lora_cli.seeding import stream_seed
@@ -49,6 +49,7 @@ class DoraLinear(LoraLinear):
         self.register_buffer("row_squares", self._square_rows(), persistent=False)  # (out,)
         self._known = (base,)  # whose ||W||^2 by row they are; in a tuple so that it is not registered
         self._norm: tuple[object, Tensor] | None = None
+        self._factors: tuple[object, tuple[Tensor, Tensor]] | None = None
         self.siblings: list[DoraLinear] = [self]
         """Layers whose norms are computed together: on a GPU each would wait for the device by itself."""
         self.lora_magnitude_vector = nn.Parameter(torch.zeros(self.out_features, device=self.device))
@@ -80,12 +81,17 @@ class DoraLinear(LoraLinear):
         a, b = self.lora_A, self.lora_B
         return id(a), a._version, id(b), b._version, a.device
 
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return m / ||W + s B A|| (W x + s B A x) + bias: (..., in), (..., out) -> (..., out)."""
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., r)
-        length, norm = self.lora_magnitude_vector, self.row_norm()
-        adapted: Tensor = _Stretch.apply(y, h, self.lora_B, self.scale, length, norm, self.base.bias)
-        return adapted
+    def adapt(self, x: Tensor) -> Tensor:
+        """Return m / ||W + s B A|| (W x + s B A x) + bias: (..., in) -> (..., out)."""
+        a, b, m, n = self.lora_A, self.lora_B, self.lora_magnitude_vector, self.row_norm()
+        key = (self._state(), m._version, x.dtype)
+        if self._factors is None or self._factors[0] != key:
+            with torch.no_grad():
+                self._factors = key, cast(a, b * (m / n * self.scale)[:, None], x.dtype)
+        y: Tensor = StretchedProduct.apply(
+            x, self.dropped(x), a, b, m, n, self.scale, self._factors[1], self.base_weight, self.base.bias
+        )
+        return y
 
     def merged_weight(self) -> Tensor:
         """Return W', (out, in) float32, from the norm of the whole matrix."""
@@ -153,50 +159,6 @@ def _compute_row_norms(layers: Sequence[DoraLinear]) -> None:
                 layer.compute_outright(own, rows)
         for layer, norm in zip(group, squared.clamp_(min=_SMALLEST**2).sqrt_(), strict=True):
             layer.set_norm(norm)
-
-
-class _Stretch(torch.autograd.Function):
-    """y + e (y - bias) + (1 + e) s B h with e = m / n - 1, n constant: (..., out), (..., r) -> (..., out).
-
-    B is (out, r); m, n and the bias are (out,). At injection m is n bit for bit, so e is zero and y comes back as it
-    is.
-
-    By hand, as the plain expression makes seven passes over (..., out), and this three: what scales the update, forward
-    and backward, is multiplied into B.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, h: Tensor, b: Tensor, scale: float, m: Tensor, n: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ratio = m / n
-        excess = (ratio - 1.0).to(y.dtype)
-        scaled = (b * (ratio * scale)[:, None]).to(y.dtype)  # (out, r)
-        ctx.save_for_backward(y, h, b, m, n, bias, excess, scaled)
-        ctx.scale = scale
-        out = torch.addcmul(y, y if bias is None else y - bias, excess)
-        out.view(-1, len(b)).addmm_(h.reshape(-1, b.shape[1]), scaled.T)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        y, h, b, m, n, bias, excess, scaled = ctx.saved_tensors
-        flat = grad.reshape(-1, len(b))  # (T, out)
-        of_y = torch.addcmul(grad, grad, excess) if ctx.needs_input_grad[0] else None
-        of_h = (flat @ scaled).view_as(h) if ctx.needs_input_grad[1] else None
-        outer = (flat.T @ h.reshape(-1, b.shape[1])).float().mul_(ctx.scale)  # (out, r)
-        of_excess = _sum(flat * y.reshape(flat.shape)).add_(torch.linalg.vecdot(outer, b))
-        of_bias = None
-        if bias is not None:
-            total = _sum(flat)
-            of_excess -= bias.float() * total
-            of_bias = (-excess.float() * total).to(bias.dtype)
-        return of_y, of_h, outer.mul_((m / n)[:, None]), None, of_excess.div_(n), None, of_bias
-
-
-def _sum(values: Tensor) -> Tensor:
-    """Return the sum over tokens, (T, out) -> (out,) float32; there may be thousands."""
-    return values.sum(dim=0, dtype=torch.float32)
 
 
 class Dora(Lora):

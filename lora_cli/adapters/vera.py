@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lora_cli.adapters import _peft
 from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method
+from lora_cli.adapters._fused import ScaledProduct, laid_out
 from lora_cli.errors import InputError
 
 
@@ -37,15 +37,14 @@ class Projections(nn.Module):
         for name, shape in {"vera_A": (rank, in_features), "vera_B": (out_features, rank)}.items():
             matrix = nn.init.kaiming_uniform_(torch.empty(shape), generator=generator)
             self.register_buffer(name, matrix.to(device), persistent=False)
-        self._cast: tuple[object, Tensor, Tensor] = (None, self.vera_A, self.vera_B)
+        self._cast: tuple[object, Tensor] = (None, self.vera_A)
 
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A and B in `dtype`; held once too, or the backward pass would keep a copy for each layer."""
-        a, b = self.vera_A, self.vera_B
-        key = (dtype, a.device, a._version, b._version)
+    def cast_a(self, dtype: torch.dtype) -> Tensor:
+        """Return A^T (largest in, r) in `dtype`; held once too, or the backward pass would keep it for each layer."""
+        key = (dtype, self.vera_A.device, self.vera_A._version)
         if self._cast[0] != key:
-            self._cast = key, a.to(dtype), b.to(dtype)
-        return self._cast[1:]
+            self._cast = key, laid_out(self.vera_A.T, dtype)
+        return self._cast[1]
 
 
 class VeraLinear(AdapterLinear):
@@ -66,12 +65,21 @@ class VeraLinear(AdapterLinear):
         self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=self.device))
         self.vera_lambda_d = nn.Parameter(torch.full((rank,), d_initial, device=self.device))
 
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the update to the base's output: (..., in), (..., out) -> (..., out)."""
-        a, b = self.projections.cast(x.dtype)
-        x = F.dropout(x, self.dropout, self.training)
-        h = F.linear(x, a[:, : self.in_features]) * self.vera_lambda_d.to(x.dtype)  # (..., r)
-        return torch.addcmul(y, F.linear(h, b[: self.out_features]), self.vera_lambda_b.to(x.dtype))
+    def adapt(self, x: Tensor) -> Tensor:
+        """Return W x, the update of x and the bias: (..., in) -> (..., out)."""
+        down = self.projections.cast_a(x.dtype)[: self.in_features]
+        b = self.projections.vera_B[: self.out_features]
+        y: Tensor = ScaledProduct.apply(
+            x,
+            self.dropped(x),
+            self.vera_lambda_d,
+            self.vera_lambda_b,
+            down,
+            b,
+            self.base_weight,
+            self.base.bias,
+        )
+        return y
 
     def merged_weight(self) -> Tensor:
         """Return W + Lambda_b B Lambda_d A, (out, in) float32."""

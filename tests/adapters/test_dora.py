@@ -70,9 +70,10 @@ def test_forward_and_gradients_are_the_papers() -> None:
 def test_a_trained_bias_gets_its_gradient() -> None:
     """The bias is not scaled, so its gradient is the plain sum of the output's."""
     layer = random_layer()
+    assert layer.train_bias()
+    assert layer.bias is not None
     layer(torch.randn(4, 12)).sum().backward()
-    assert layer.base.bias is not None
-    torch.testing.assert_close(layer.base.bias.grad, torch.full((9,), 4.0))
+    torch.testing.assert_close(layer.bias.grad, torch.full((9,), 4.0))
 
 
 def test_dropout_leaves_the_base_path_alone() -> None:

@@ -119,7 +119,7 @@ def test_the_matrices_are_held_once() -> None:
         lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
     ):
         model(input_ids=torch.arange(1, 41).view(2, 20), use_cache=False).logits.sum().backward()
-    for matrix in method.projections.cast(torch.bfloat16):
+    for matrix in (method.projections.cast_a(torch.bfloat16), method.projections.vera_B):
         views = [t for t in saved if t.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()]
         assert len(views) >= len(method.layers) - 3  # q, k and v of the first layer have no input to train
 
