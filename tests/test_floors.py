@@ -38,7 +38,7 @@ FLOORS = {
 """First part of the name below lora_cli -> floor. Others: see SHARED."""
 SHARED = ("disk", "failpoints", "interrupts", "manifest", "paths", "publish", "seeding")
 """Leaves without a floor: every floor may import them, they import only `errors` and each other."""
-HELPERS = ("_base", "_low_rank", "_peft", "_portable", "_targets", "_whole")
+HELPERS = ("_base", "_fused", "_low_rank", "_peft", "_portable", "_targets", "_whole")
 """What every adapter method may import; `_NAME_*` belongs to the method NAME alone."""
 TORCH_FREE = ("recipe", "errors", "redaction", "network", "preflight", "cli")
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "safetensors", "accelerate")
