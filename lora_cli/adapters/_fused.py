@@ -99,10 +99,10 @@ class LowRankProduct(torch.autograd.Function):
 
 
 class StretchedProduct(torch.autograd.Function):
-    """m / n (x W^T + scale d A^T B^T) + bias, with n constant: (..., in) -> (..., out).
+    """q (x W^T + scale d A^T B^T) + bias with q = m / n, n constant: (..., in) -> (..., out).
 
-    m and n are (out,); m / n is in the second of `factors` too, so that one product scales and adds. Where m is n bit
-    for bit, x W^T + bias comes back as it is.
+    m, n and q are (out,); `factors` are what A and B are multiplied as, scale and q in the second, then q and q - 1 in
+    the dtype of the products. Where m is n bit for bit, x W^T + bias comes back as it is.
     """
 
     @staticmethod
@@ -115,36 +115,34 @@ class StretchedProduct(torch.autograd.Function):
         m: Tensor,
         n: Tensor,
         scale: float,
-        factors: tuple[Tensor, Tensor],
+        factors: tuple[Tensor, Tensor, Tensor, Tensor],
         weight: Callable[[], Tensor],
         bias: Tensor | None,
     ) -> Tensor:
-        down, up = factors
+        down, up, _, excess = factors
         y = F.linear(x, weight(), bias)
         rows = _rows(x if dropped is None else dropped)
         h = rows @ down  # (T, r)
-        excess = (m / n - 1.0).to(y.dtype)
         out = torch.addcmul(y, y if bias is None else y - bias, excess)
         _rows(out).addmm_(h, up)
-        ctx.save_for_backward(*_kept(rows, h, a), down, up, y, b, m, n, excess, bias)
+        ctx.save_for_backward(*_kept(rows, h, a), y, b, n, *factors, bias)
         ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, h, down, up, y, b, m, n, excess, bias = ctx.saved_tensors
+        rows, h, y, b, n, down, up, q, excess, bias = ctx.saved_tensors
         flat = _rows(grad)
         of_h = flat @ up.T  # (T, r)
-        of_product = torch.addcmul(flat, flat, excess) if ctx.needs_input_grad[0] else flat
-        of_x, of_dropped = _of_inputs(ctx, of_product, of_h, down)
+        of_x, of_dropped = _of_inputs(ctx, flat, of_h, down, excess)
         of_a = (rows.T @ of_h).T.float() if ctx.needs_input_grad[2] else None
         of_update = _of_update(rows, h, down, flat).mul_(ctx.scale)
-        # The sum is float32 inside, and is rounded once, as the products are.
-        of_ratio = (flat * _rows(y)).sum(dim=0).float() + torch.linalg.vecdot(of_update, b)
+        # The sum is float32 inside, and is rounded once, as the products are. y is nobody else's, and needed no more.
+        of_q = _rows(y).mul_(flat).sum(dim=0).float().add_(torch.linalg.vecdot(of_update, b))
         if bias is not None:
-            of_ratio -= bias.float() * flat.sum(dim=0)
-        return of_x, of_dropped, of_a, of_update.mul_((m / n)[:, None]), of_ratio.div_(n), *[None] * 6
+            of_q -= bias.float() * flat.sum(dim=0)
+        return of_x, of_dropped, of_a, of_update.mul_(q[:, None]), of_q.div_(n), *[None] * 5
 
 
 class ScaledProduct(torch.autograd.Function):
@@ -194,10 +192,20 @@ def _scaled(b: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _of_inputs(
-    ctx: Any, of_product: Tensor, of_h: Tensor, down: Tensor
+    ctx: Any, flat: Tensor, of_h: Tensor, down: Tensor, excess: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of x and of what dropout made of it, from those of x W^T (T, out) and of h (T, r)."""
-    of_x = of_product @ ctx.weight() if ctx.needs_input_grad[0] else None
+    """Return the gradients of x and of what dropout made of it, from those of the output (T, out) and of h (T, r).
+
+    The product's part of the output is x W^T, or (1 + excess) x W^T with `excess` (out,).
+    """
+    of_x = None
+    if ctx.needs_input_grad[0]:
+        weight = ctx.weight()
+        if excess is not None and len(flat) > weight.shape[1]:  # the smaller of the two is scaled
+            weight = torch.addcmul(weight, weight, excess[:, None])
+        elif excess is not None:
+            flat = torch.addcmul(flat, flat, excess)
+        of_x = flat @ weight
     if ctx.needs_input_grad[1]:
         return None if of_x is None else of_x.view(ctx.shape), (of_h @ down.T).view(ctx.shape)
     return None if of_x is None else of_x.addmm_(of_h, down.T).view(ctx.shape), None

@@ -49,7 +49,7 @@ class DoraLinear(LoraLinear):
         self.register_buffer("row_squares", self._square_rows(), persistent=False)  # (out,)
         self._known = (base,)  # whose ||W||^2 by row they are; in a tuple so that it is not registered
         self._norm: tuple[object, Tensor] | None = None
-        self._factors: tuple[object, tuple[Tensor, Tensor]] | None = None
+        self._factors: tuple[object, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
         self.siblings: list[DoraLinear] = [self]
         """Layers whose norms are computed together: on a GPU each would wait for the device by itself."""
         self.lora_magnitude_vector = nn.Parameter(torch.zeros(self.out_features, device=self.device))
@@ -87,7 +87,9 @@ class DoraLinear(LoraLinear):
         key = (self._state(), m._version, x.dtype)
         if self._factors is None or self._factors[0] != key:
             with torch.no_grad():
-                self._factors = key, cast(a, b * (m / n * self.scale)[:, None], x.dtype)
+                q = m / n
+                excess = (q - 1.0).to(x.dtype)
+                self._factors = key, (*cast(a, b * (q * self.scale)[:, None], x.dtype), q, excess)
         y: Tensor = StretchedProduct.apply(
             x, self.dropped(x), a, b, m, n, self.scale, self._factors[1], self.base_weight, self.base.bias
         )

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lora_cli.adapters._fused import Cast, LowRankProduct, ScaledProduct, StretchedProduct, cast
 
-IN, OUT, TOKENS = 48, 36, 20
+IN, OUT, TOKENS = 48, 36, 80
 FORMS = ("lora", "lora of high rank", "a frozen", "past", "dora", "vera", "vera of high rank")
 
 
@@ -41,7 +41,8 @@ def fused(
     past = (torch.ones(IN, 2) / IN, torch.ones(2, OUT)), (torch.full((IN, OUT), 0.01),)
     frozen = [tuple(part.to(x.dtype) for part in chain) for chain in past] if form == "past" else []
     if form == "dora":
-        factors = cast(t["a"], t["b"] * (t["m"] / norm(t) * 2.0)[:, None], x.dtype)
+        q = (t["m"] / norm(t)).detach()
+        factors = *cast(t["a"], t["b"] * (q * 2.0)[:, None], x.dtype), q, (q - 1.0).to(x.dtype)
         return StretchedProduct.apply(x, d, t["a"], t["b"], t["m"], norm(t), 2.0, factors, lambda: w, bias)
     if form.startswith("vera"):
         down = cast(t["a"], t["b"], x.dtype)[0]
