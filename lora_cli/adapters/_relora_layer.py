@@ -100,7 +100,8 @@ class ReloraLinear(LoraLinear):
         self._forget_factors()
         self.past_delta = None
         for name, value in past.items():
-            setattr(self, name, value.to(self.device))
+            # A copy: a checkpoint's tensors are pages of its file, which lives shorter than the run.
+            setattr(self, name, value.to(self.device, copy=True))
 
     def _all_factors(self) -> tuple[Tensor, Tensor]:
         return (
