@@ -103,10 +103,10 @@ def train(
             )  # fmt: skip
         export.require_expressible(recipe.export_formats(), model, method)
         goes_on = step is not None
+        # All processes meet here, so that none looks for a checkpoint after the main one has begun to write.
         rt.in_main(
             lambda: _space.require_for_run(recipe, folder, base, model, method, total, goes_on=goes_on)
         )
-        rt.barrier()  # no process may look for a checkpoint after the main one has begun to write
         with interrupts.deferred():  # half-way through, a folder is neither the old run's nor a new one's
             rt.in_main(lambda: folder.begin(dump_recipe(recipe), fresh=not goes_on))
         # The recipe's file is the main process' alone: the others may be on another disk.
