@@ -40,13 +40,13 @@ from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime import dist, order, report
-from lora_cli.runtime.checkpoint import exports_best
+from lora_cli.runtime.checkpoint import Checkpoints, exports_best
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.faults import resource_faults
 from lora_cli.runtime.fingerprints import fingerprints, machine
 from lora_cli.runtime.log import Log
-from lora_cli.runtime.resume import find_finished, find_step, method_state
-from lora_cli.runtime.run_folder import EXPORTS, RunFolder
+from lora_cli.runtime.resume import find_finished, find_step
+from lora_cli.runtime.run_folder import CHECKPOINTS, EXPORTS, RunFolder
 from lora_cli.stages import _opened as opened
 from lora_cli.stages import _space, describe, export, inject, prepare
 from lora_cli.stages import evaluate as evaluate_stage
@@ -90,8 +90,9 @@ def train(
             return finished
 
         total, made_on, step = _total_steps(recipe, prepared), machine(rt), None
+        checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
         if goes_on:
-            step = find_step(folder, recipe, facts, made_on, total, log.line, allow=allow)
+            step = find_step(folder, checkpoints, recipe, facts, made_on, total, log.line, allow=allow)
         with _timed(seconds, "inject"):
             model, method = inject.run(
                 base, recipe.model.dtype, recipe.adapter, prepared,
@@ -99,7 +100,7 @@ def train(
                 total_steps=total, max_length=recipe.data.max_length,
                 max_generated=evaluate_stage.plan(recipe.evaluate, prepared),
                 batch_size=recipe.train.batch_size, seed=recipe.run.seed,
-                resumed=lambda: method_state(folder, recipe, step), rt=rt, log=log.line,
+                resumed=lambda: None if step is None else checkpoints.method_state(step), rt=rt, log=log.line,
             )  # fmt: skip
         export.require_expressible(recipe.export_formats(), model, method)
         goes_on = step is not None
@@ -117,7 +118,7 @@ def train(
         }
         with _timed(seconds, "train"):
             trained = train_stage.run(
-                recipe.train, model, method, objective, prepared, folder.path,
+                recipe.train, model, method, objective, prepared, folder.path, checkpoints,
                 seed=recipe.run.seed, resume_step=step, rt=rt, log=log,
                 facts={"recipe": recipe.resolved(), "machine": made_on, **made_of},
             )  # fmt: skip

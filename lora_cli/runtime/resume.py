@@ -11,14 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from lora_cli.errors import InputError
 from lora_cli.manifest import verify
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime.checkpoint import Checkpoints
 from lora_cli.runtime.fingerprints import changed_contents, changed_tokens
-from lora_cli.runtime.run_folder import CHECKPOINTS, EXPORTS, RunFolder
+from lora_cli.runtime.run_folder import EXPORTS, RunFolder
 
 BY_CONTENT = {"data.train", "data.eval", "data.template", "model.base", "adapter.init_from"}
 """Keys whose content is compared, not their text; so is the path of each of data.sources."""
@@ -107,6 +106,7 @@ def find_finished(
 
 def find_step(
     folder: RunFolder,
+    checkpoints: Checkpoints,
     recipe: Recipe,
     facts: Mapping[str, str],
     machine: Mapping[str, str | int],
@@ -122,7 +122,6 @@ def find_step(
     Raises:
         InputError: the recipe, data or base of the checkpoint are others, it is beyond the last step, or none verifies.
     """
-    checkpoints = _checkpoints(folder, recipe)
     damage: list[str] = []
     step = checkpoints.newest(damage.append)
     if step is None:
@@ -162,11 +161,6 @@ def find_step(
     return step
 
 
-def method_state(folder: RunFolder, recipe: Recipe, step: int | None) -> dict[str, Tensor] | None:
-    """Return the adapter method's tensors of the checkpoint that the run goes on from; None where there is none."""
-    return None if step is None else _checkpoints(folder, recipe).method_state(step)
-
-
 def changed_keys(before: Recipe, now: Recipe) -> dict[str, str]:
     """Return key -> `before -> now` for every key where two recipes differ; of two methods the names alone."""
     old, new = _flat(before.resolved()), _flat(now.resolved())
@@ -183,10 +177,6 @@ def changes_training(key: str) -> bool:
 
 def _is_source_path(key: str) -> bool:
     return key.startswith("data.sources.") and key.endswith(".path")
-
-
-def _checkpoints(folder: RunFolder, recipe: Recipe) -> Checkpoints:
-    return Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
 
 
 def _recipe_of(facts: Mapping[str, Any], folder: RunFolder) -> Recipe:

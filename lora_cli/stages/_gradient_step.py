@@ -147,12 +147,12 @@ class GradientStep:
         """Put method and optimizer where a checkpoint has them, and return its state.
 
         Raises:
-            InputError: the checkpoint is missing or damaged.
+            InputError: the checkpoint is missing, damaged, or was changed while it was read.
         """
-        state, optimizer, method = checkpoints.load(step)
-        self.method.load_state_dict(method)  # first: what is trained may depend on it
-        self._follow_method()
-        self.optimizer.load_state_dict(optimizer)
+        with checkpoints.opened(step) as (state, optimizer, method):
+            self.method.load_state_dict(method)  # first: what is trained may depend on it
+            self._follow_method()
+            self.optimizer.load_state_dict(optimizer)
         self.passes.size.tokens = min(self.tokens, state.micro_batch_tokens or self.tokens)
         return state
 
