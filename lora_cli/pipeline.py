@@ -43,7 +43,7 @@ from lora_cli.runtime import dist, order, report
 from lora_cli.runtime.checkpoint import Checkpoints, exports_best
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.faults import resource_faults
-from lora_cli.runtime.fingerprints import fingerprints, machine
+from lora_cli.runtime.fingerprints import fingerprints, machine, versions
 from lora_cli.runtime.log import Log
 from lora_cli.runtime.resume import find_finished, find_step
 from lora_cli.runtime.run_folder import CHECKPOINTS, EXPORTS, RunFolder
@@ -89,10 +89,12 @@ def train(
             check_gates(gates, finished["eval"]["tuned"])
             return finished
 
-        total, made_on, step = _total_steps(recipe, prepared), machine(rt), None
+        total, made_by, made_on, step = _total_steps(recipe, prepared), versions(), machine(rt), None
         checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
         if goes_on:
-            step = find_step(folder, checkpoints, recipe, facts, made_on, total, log.line, allow=allow)
+            step = find_step(
+                folder, checkpoints, recipe, facts, made_by | made_on, total, log.line, allow=allow
+            )
         with _timed(seconds, "inject"):
             model, method = inject.run(
                 base, recipe.model.dtype, recipe.adapter, prepared,
@@ -114,7 +116,7 @@ def train(
         made_of = {
             "recipe_sha256": folder.recipe_sha256() if rt.is_main else "",
             **facts,
-            "versions": report.versions(),
+            "versions": made_by,
         }
         with _timed(seconds, "train"):
             trained = train_stage.run(
@@ -238,7 +240,7 @@ def merge(
         text = card.read_text(encoding="utf-8") if has_card else f"# {adapter.name}, {form}\n"
         adapted = AdaptedModel(model, method.placed())
         _space.require_for_export(form, recipe.export, output, base, adapted, method)
-        made_of = {"model.base": base_fingerprint(base), "versions": report.versions()}
+        made_of = {"model.base": base_fingerprint(base), "versions": versions()}
         merge_with = f"lora-merge {target} --output DIR"
         if not RunFolder(target).is_run():
             merge_with += f" model.base={recipe.model.base}"

@@ -109,7 +109,7 @@ def find_step(
     checkpoints: Checkpoints,
     recipe: Recipe,
     facts: Mapping[str, str],
-    machine: Mapping[str, str | int],
+    made_on: Mapping[str, str | int],
     total_steps: int,
     log: Callable[[str], None],
     *,
@@ -117,7 +117,8 @@ def find_step(
 ) -> int | None:
     """Return the step of the checkpoint that the run goes on from; None where none was written yet.
 
-    Keys in `allow`, and what stands below them, may differ from the checkpoint's. Another `machine` is told.
+    Keys in `allow`, and what stands below them, may differ from the checkpoint's. What differs from
+    `made_on`, machine and versions, is told.
 
     Raises:
         InputError: the recipe, data or base of the checkpoint are others, it is beyond the last step, or none verifies.
@@ -151,9 +152,9 @@ def find_step(
         )
     for line in allowed:
         log(f"resume: allowed although changed: {line}")
-    was = before.get("machine", {})
+    was = before.get("versions", {}) | before.get("machine", {})
     other = [
-        f"{name} {was.get(name)} -> {value}" for name, value in machine.items() if was.get(name) != value
+        f"{name} {was.get(name)} -> {value}" for name, value in made_on.items() if was.get(name) != value
     ]
     if other:
         log(f"resume: warning: not bit-identical to a run in one piece: {', '.join(other)}")
