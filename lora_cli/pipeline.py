@@ -34,7 +34,7 @@ from lora_cli.models.load import (
     load_model,
     tokenizer_folder,
 )
-from lora_cli.models.safety import check_model_folder, leads_out
+from lora_cli.models.safety import check_model_folder
 from lora_cli.network import closed
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
@@ -52,6 +52,7 @@ from lora_cli.stages import _space, describe, export, inject, prepare
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import inspect as inspect_stage
 from lora_cli.stages import train as train_stage
+from lora_cli.stages._companions import Companions, card_of, name_of_base
 from lora_cli.types import Conversation, Example, Examples, Labelled, Pair, Prepared, Text
 
 
@@ -133,16 +134,18 @@ def train(
         trainable = sum(parameter.numel() for parameter in method.trainable(model.model).values())
         summary = report.summarize(recipe, trainable, facts, prepared, trained, scores)
         with _timed(seconds, "export"):
-            card = report.model_card(summary, recipe)
             targets = {form: folder.path / EXPORTS[form] for form in recipe.export_formats()}
             sample = _sample(prepared.eval or prepared.train)
             merge_with = f"lora-merge {folder.path} --output DIR"
             if "peft" not in targets:
                 merge_with = "lora-train --resume with export.formats=[merged]"
-            differences = _export(
-                targets, recipe, base, model, method, made_of, prepared.stop_ids, card, rt, log, sample, merge_with,
-                tokenizer if recipe.chosen_tokens()[1] else None, opened.chat_template(tokenizer, prepared.tokenizer),
+            beside = Companions(
+                base=base, base_name=name_of_base(recipe, base), revision=recipe.model.revision,
+                stop_ids=prepared.stop_ids, card=report.model_card(summary, recipe), facts=made_of,
+                tokenizer=tokenizer if recipe.chosen_tokens()[1] else None,
+                chat_template=opened.chat_template(tokenizer, prepared.tokenizer),
             )  # fmt: skip
+            differences = _export(targets, recipe, model, method, beside, sample, merge_with, rt, log)
 
         summary = report.complete(summary, differences, seconds, rt.device)
         if rt.is_main:
@@ -233,21 +236,17 @@ def merge(
         method = opened.load_adapter(adapter, base, model)
         tokenizer = with_template(own, recipe.data.template, adapter)
         _, stop_ids = settle_special_tokens(tokenizer, recipe.data.template)
-        card = adapter / "README.md"
-        has_card = card.is_file() and not leads_out(
-            card, adapter
-        )  # a link could publish any file of this machine
-        text = card.read_text(encoding="utf-8") if has_card else f"# {adapter.name}, {form}\n"
         adapted = AdaptedModel(model, method.placed())
         _space.require_for_export(form, recipe.export, output, base, adapted, method)
-        made_of = {"model.base": base_fingerprint(base), "versions": versions()}
         merge_with = f"lora-merge {target} --output DIR"
         if not RunFolder(target).is_run():
             merge_with += f" model.base={recipe.model.base}"
-        differences = _export(
-            {form: output}, recipe, base, adapted, method, made_of, stop_ids, text, rt, log, sample, merge_with,
-            own if has_new else None, opened.chat_template(own, tokenizer),
+        beside = Companions(
+            base=base, base_name=name_of_base(recipe, base), revision=recipe.model.revision, stop_ids=stop_ids,
+            card=card_of(adapter, form), facts={"model.base": base_fingerprint(base), "versions": versions()},
+            tokenizer=own if has_new else None, chat_template=opened.chat_template(own, tokenizer),
         )  # fmt: skip
+        differences = _export({form: output}, recipe, adapted, method, beside, sample, merge_with, rt, log)
         return {"output": str(output), "max_logit_difference": differences.pop(form), **differences}
 
 
@@ -321,31 +320,15 @@ def _total_steps(recipe: Recipe, prepared: Prepared) -> int:
 
 
 def _export(
-    targets: dict[str, Path],
-    recipe: Recipe,
-    base: Path,
-    model: AdaptedModel,
-    method: Method,
-    made_of: dict[str, Any],
-    stop_ids: Sequence[int],
-    card: str,
-    rt: Runtime,
-    log: Log,
-    sample: Sequence[Example],
-    merge_with: str,
-    tokenizer: Any | None,
-    chat_template: str | None,
-) -> dict[str, Any]:
+    targets: dict[str, Path], recipe: Recipe, model: AdaptedModel, method: Method, beside: Companions,
+    sample: Sequence[Example], merge_with: str, rt: Runtime, log: Log,
+) -> dict[str, Any]:  # fmt: skip
     """Export in the one process that writes; return the logit difference of each format after it was read back."""
     if not rt.is_main:
         return {}
-    # PEFT finds the base again by a hub id as it is, or by a local folder's absolute path.
-    local = recipe.model.base == "tiny" or Path(recipe.model.base).expanduser().exists()
     return export.run(
-        targets, model, method,
-        base=base, base_name=str(base.resolve()) if local else recipe.model.base, revision=recipe.model.revision,
-        stop_ids=stop_ids, card=card, facts=made_of, settings=recipe.export,
-        tokenizer=tokenizer, chat_template=chat_template, sample=sample, merge_with=merge_with, log=log.line,
+        targets, model, method, beside,
+        settings=recipe.export, sample=sample, merge_with=merge_with, log=log.line,
     )  # fmt: skip
 
 

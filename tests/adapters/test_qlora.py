@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import exporting
 import peft
 import pytest
 import torch
@@ -17,12 +18,10 @@ from lora_cli import adapters, pipeline
 from lora_cli.adapters import _peft
 from lora_cli.adapters.lora import Lora
 from lora_cli.errors import GateError, InputError
-from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
 from lora_cli.models.nf4 import Quantization, quantized_layers
 from lora_cli.recipe import schema
 from lora_cli.recipe.load import load_recipe
-from lora_cli.stages import export
 
 QLORA = {"method": "qlora", "rank": 4, "alpha": 8}
 
@@ -136,11 +135,8 @@ def test_the_dequantized_merge_is_the_live_model(
     live, names = logits(model), list(quantized_layers(model))
 
     def write(target: Path, rows: int = 3, **settings: Any) -> dict[str, Any]:
-        return export.run(
-            {"merged": target}, AdaptedModel(model, method.layers), method, base=folder, base_name="base",
-            revision=None, stop_ids=[2], card="# card\n", facts={}, settings=schema.Export(**settings),
-            sample=make_rows(rows), log=lambda line: None,
-        )  # fmt: skip
+        targets, chosen = {"merged": target}, schema.Export(**settings)
+        return exporting.write(targets, model, method, folder, chosen, sample=make_rows(rows))
 
     figures = write(tmp_path / "merged")["merge_base"]
     assert figures["chosen"] == "dequantized"
