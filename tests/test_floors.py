@@ -22,6 +22,7 @@ FLOORS = {
     "cli": 5,
     "__main__": 6,
     "pipeline": 4,
+    "without_training": 4,
     "preflight": 4,
     "stages": 3,
     "data": 2,

@@ -63,6 +63,19 @@ def exports_best(settings: Train) -> bool:
     )
 
 
+def require_best(settings: Train, total_steps: int) -> None:
+    """Refuse a run that is to export its best weights and takes no held-out loss by which to know them.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if exports_best(settings) and (settings.eval_every or 0) > total_steps:
+        raise InputError(
+            f"train.eval_every: {settings.eval_every} is more than the run's {total_steps} steps, so no weights would"
+            " be the best (lower it)"
+        )
+
+
 def expected_bytes(
     trainable: Mapping[str, Tensor],
     method_state: Mapping[str, Tensor],

@@ -50,9 +50,7 @@ class GradientStep:
         self.settings, self.model, self.method, self.objective = settings, model, method, objective
         self.examples, self.seed, self.rt, self.log = examples, seed, rt, log
         self.state = State()
-        self.total = order.total_steps(
-            len(self.examples), settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps
-        )
+        self.total = order.planned_steps(settings, len(self.examples))
         self.warmup = schedule.warmup_steps(settings.warmup, self.total)
         self.tokens = batch_tokens(settings.micro_batch_tokens, model, at_most=MICRO_BATCH_TOKENS)
         """Tokens of a forward pass as the recipe has it."""
