@@ -20,7 +20,7 @@ def expanded(place: str, name: str) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise InputError(f"{place}: {name}: {error} (write the path out)") from error
+        raise InputError(f"{place}: {name}: there is no user of that name (write the path out)") from error
 
 
 def check_name(place: str, name: str) -> None:
@@ -39,7 +39,7 @@ def check_name(place: str, name: str) -> None:
 
 def near_matches(path: Path) -> str:
     """Return ` (did you mean ...?)` with the names in the parent folder that look alike."""
-    parent = path.expanduser().parent
+    parent = Path(os.path.expanduser(path)).parent  # which leaves the `~name` of no user as it is
     try:
         names = [entry.name for entry in os.scandir(parent)]
     except OSError:

@@ -282,8 +282,9 @@ def _check_exported(target: Path, recipe: Recipe) -> str:
 
 def _check_new_folder(target: Path, output: Path, recipe: Recipe) -> str:
     check_name("--output", str(output))
+    output = expanded("--output", str(output))
     output_folder.check_outside_base("--output", output, recipe)
-    if output.expanduser().resolve().is_relative_to(target.resolve()) and kind_of(target) != "run":
+    if output.resolve().is_relative_to(target.resolve()) and kind_of(target) != "run":
         raise InputError(f"--output: {output} is in the folder that is read (choose another one)")
     if os.path.lexists(output):
         raise InputError(f"--output: {output} exists already (choose another folder or remove it)")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What docs/reliability.md promises, tried: prints the table and writes it there. --full is the long form (an hour).
+# What docs/reliability.md promises, tried: prints the table and writes it there. --full is the long form (half an hour).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh dev

@@ -32,7 +32,7 @@ from lora_cli.recipe.keys import all_keys
 pytestmark = pytest.mark.reliability("fuzzed")
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 5
-TIMES = 35
+TIMES = 45
 """How often the inputs of the short form the long one draws."""
 Fuzz = Callable[[int, st.SearchStrategy[Any], Callable[[Any], None]], None]
 

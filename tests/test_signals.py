@@ -172,7 +172,7 @@ def test_a_signal_in_any_phase_loses_at_most_a_step(
         process.wait_for(lambda process=process, run=run: seen(run, cache, process))
         time.sleep(draw.uniform(0, most))
         code, errors = process.end(number)
-        if code or not process.says("^done: "):
+        if not process.says("^done: "):
             break
         # On a machine under load the signal may come after the end: once more, sooner.
         most /= 2

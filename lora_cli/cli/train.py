@@ -12,6 +12,7 @@ import typer
 from lora_cli.cli.arguments import AtLeast, AtMost, Overrides, read_recipe
 from lora_cli.cli.exits import run_folder
 from lora_cli.errors import InputError
+from lora_cli.paths import expanded
 
 Command = Callable[..., None]
 
@@ -47,7 +48,7 @@ def train(
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other (give one)")
     settings, gates = read_recipe(recipe, overrides or (), at_least or (), at_most or ())
-    run_folder.set(Path(settings.run.output).expanduser())
+    run_folder.set(expanded(settings.at("run.output"), settings.run.output))
     from lora_cli import preflight  # needs the data readers, which a bad recipe need not wait for
 
     checked = preflight.check(settings, resume=resume, overwrite=overwrite, allow=allow or ())

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from lora_cli import disk
 from lora_cli.errors import InputError, ResourceError
 from lora_cli.manifest import verify
+from lora_cli.paths import expanded
 from lora_cli.publish import Staging, sweep
 from lora_cli.types import Example
 
@@ -41,7 +42,7 @@ _WRITTEN_TOGETHER = 512
 def cache_root() -> Path:
     """Return `tokens/` under $LORA_CLI_CACHE, else $XDG_CACHE_HOME/lora-cli, else ~/.cache/lora-cli."""
     if own := os.environ.get("LORA_CLI_CACHE"):
-        root = Path(own).expanduser()
+        root = expanded("LORA_CLI_CACHE", own)
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-cli"
     return root / "tokens"
