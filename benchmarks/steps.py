@@ -35,9 +35,7 @@ def gradient_step(path: Path, overrides: Sequence[str], rt: Runtime) -> Gradient
     prepared = prepare.run(recipe.data, recipe.objective.train_on, tokenizer, rt, lambda line: None)
     assert prepared.train is not None
     plan = recipe.train
-    total = order.total_steps(
-        len(prepared.train), plan.batch_size, epochs=plan.epochs, max_steps=plan.max_steps
-    )
+    total = order.planned_steps(plan, len(prepared.train))
     model, method = inject.run(
         base, recipe.model.dtype, recipe.adapter, prepared,
         start=None, quantization=opened.quantization(recipe), packing=recipe.data.packing, total_steps=total,

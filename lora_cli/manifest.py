@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,8 @@ from lora_cli.failpoints import reach
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
+_TICK_NS = 20_000_000
+"""A file system's clock moves on at least this often: two changes within one tick have the same time."""
 _UNSIGNED = "0" * 64
 """What stands in place of the manifest's own sha256 while that is computed."""
 
@@ -90,6 +93,27 @@ def verify(folder: Path, *, contents: bool = True) -> dict[str, Any]:
         if not same:
             raise InputError(f"{path}: missing or damaged (its size or sha256 differs from {MANIFEST})")
     return manifest
+
+
+def identities(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return, for each file of a folder, what is no longer the same once anyone has written to it or replaced it.
+
+    Nobody can set the time of the last change (ctime), so two equal answers mean that the files were not touched
+    between them: what was verified in between is what is there. Of files that were just written the answer waits until
+    a further change would have another time.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    newest = 0
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        if not path.is_dir():
+            found[path.relative_to(folder).as_posix()] = (
+                status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
+            )  # fmt: skip
+            newest = max(newest, status.st_ctime_ns)
+    if time.time_ns() - newest < _TICK_NS:
+        time.sleep(_TICK_NS / 1e9)
+    return found
 
 
 def sha256_of(path: Path) -> str:

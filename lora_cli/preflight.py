@@ -20,8 +20,8 @@ from lora_cli.recipe.data_block import CHOICES, is_template_file
 from lora_cli.recipe.keys import keys_at
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import nearest_key
-from lora_cli.runtime import lock
-from lora_cli.runtime.run_folder import OURS, RunFolder
+from lora_cli.runtime import output_folder
+from lora_cli.runtime.run_folder import RunFolder
 
 _A = {"adapter": "an adapter", "model": "a model"}
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -42,7 +42,7 @@ def check(
         lambda: _check_allowed(allow),
         lambda: _check_start(recipe, resume=resume),
         lambda: _check_template(recipe),
-        lambda: _check_output(recipe, resume=resume, overwrite=overwrite),
+        lambda: output_folder.check(recipe, resume=resume, overwrite=overwrite),
     )
 
 
@@ -249,50 +249,6 @@ def _check_template(recipe: Recipe, target: Path | None = None) -> str | None:
         raise InputError([_placed(recipe, line) for line in error.lines]) from None
 
 
-def _check_output(recipe: Recipe, *, resume: bool | None, overwrite: bool) -> str | None:
-    name, place = recipe.run.output, recipe.at("run.output")
-    check_name(place, name)
-    if os.environ.get("RANK", "0") != "0":
-        return None  # the first process may have begun to write there
-    folder = expanded(place, name)
-    _check_outside_base(place, folder, recipe)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise InputError(f"{place}: {name} is not a folder (choose another name)")
-    check_writable(place, folder)
-    entries = sorted(os.listdir(folder)) if folder.is_dir() else []
-    others = [entry for entry in entries if entry not in OURS and not entry.startswith(".")]
-    is_run = RunFolder(folder).is_run()
-    if not entries:
-        return f"run.output: {name}: new"
-    if not is_run and any(not entry.startswith(".") for entry in entries):
-        kept = ", ".join(others[:3] or entries[:3])
-        raise InputError(
-            f"{place}: {name} holds other files ({kept}) and is not a run of lora-cli (choose another folder)"
-        )
-    if RunFolder(folder).finished() is not None:
-        return f"run.output: {name}: holds a finished run" + (", to be overwritten" if overwrite else "")
-    if lock.is_held(folder):
-        raise InputError(f"{place}: {lock.describe(folder)}")
-    if is_run and resume is False and not overwrite:
-        raise InputError(
-            f"{place}: {name} holds an unfinished run (--no-resume forbids to go on; --overwrite starts again)"
-        )
-    return f"run.output: {name}: {'to be overwritten' if overwrite else 'to be resumed'}"
-
-
-def _check_outside_base(place: str, folder: Path, recipe: Recipe) -> None:
-    """Refuse to write into the base model: replacing a file that is mapped into memory zeroes the model."""
-    base = TINY if recipe.model.base == "tiny" else expanded("model.base", recipe.model.base)
-    if not base.is_dir():
-        return
-    try:
-        inside = folder.resolve().is_relative_to(base.resolve())
-    except (OSError, RuntimeError):  # RuntimeError: a loop of symbolic links, on Python 3.11 and 3.12
-        raise InputError(f"{place}: {folder} is a loop of symbolic links (choose another folder)") from None
-    if inside:
-        raise InputError(f"{place}: {folder} is in the base model's folder {base} (choose another folder)")
-
-
 def _check_target(target: Path, recipe: Recipe) -> str:
     kind = kind_of(target)
     if kind == "model":
@@ -327,7 +283,7 @@ def _check_exported(target: Path, recipe: Recipe) -> str:
 def _check_new_folder(target: Path, output: Path, recipe: Recipe) -> str:
     check_name("--output", str(output))
     output = expanded("--output", str(output))
-    _check_outside_base("--output", output, recipe)
+    output_folder.check_outside_base("--output", output, recipe)
     if output.resolve().is_relative_to(target.resolve()) and kind_of(target) != "run":
         raise InputError(f"--output: {output} is in the folder that is read (choose another one)")
     if os.path.lexists(output):

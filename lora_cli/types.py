@@ -158,6 +158,11 @@ class Prepared:
     """A sha256 of what each split's rows were read from, by split: the bytes of its files, wherever they lie."""
     sources: tuple[SourceReport, ...] = ()
 
+    def sample(self) -> list[Example]:
+        """Return the rows that a merge into a quantized base is measured on: held-out ones, where there are any."""
+        examples = self.eval or self.train
+        return [examples[row] for row in range(min(16, len(examples)))] if examples is not None else []
+
 
 @dataclass(frozen=True, slots=True)
 class Documents:

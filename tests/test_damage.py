@@ -13,10 +13,11 @@ import pytest
 from command_line import run_here
 from toy import write_base, write_recipe
 
-from lora_cli import pipeline
+from lora_cli import pipeline, without_training
 from lora_cli.data.cache import TokenCache
 from lora_cli.recipe.load import load_recipe
 from lora_cli.runtime.checkpoint import Checkpoints
+from lora_cli.stages import _opened, inject
 
 Damage = tuple[Path, str, int]
 """A file, the kind of damage, and for a flip the bit."""
@@ -97,8 +98,9 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*arguments: object, **options: object) -> NoReturn:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(pipeline, "load_model", read)
-    monkeypatch.setattr(pipeline.inject, "run", read)
+    monkeypatch.setattr(_opened, "load_model", read)
+    monkeypatch.setattr(without_training, "load_model", read)
+    monkeypatch.setattr(inject, "run", read)
 
 
 @pytest.mark.reliability("damage")

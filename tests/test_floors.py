@@ -22,6 +22,7 @@ FLOORS = {
     "cli": 5,
     "__main__": 6,
     "pipeline": 4,
+    "without_training": 4,
     "preflight": 4,
     "stages": 3,
     "data": 2,
@@ -40,6 +41,8 @@ SHARED = ("disk", "failpoints", "interrupts", "manifest", "paths", "publish", "s
 """Leaves without a floor: every floor may import them, they import only `errors` and each other."""
 HELPERS = ("_base", "_fused", "_low_rank", "_peft", "_portable", "_targets", "_whole")
 """What every adapter method may import; `_NAME_*` belongs to the method NAME alone."""
+LINES = {"module": 300, "function": 60}
+"""The longest that there may be, docstrings and signatures among them."""
 TORCH_FREE = ("recipe", "errors", "redaction", "network", "preflight", "cli")
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "safetensors", "accelerate")
 
@@ -147,6 +150,32 @@ def test_recipe_errors_preflight_and_cli_import_no_torch(module: str) -> None:
 def test_a_wrong_import_would_be_seen(module: str, source: str, count: int) -> None:
     """The check itself can fail: absolute, relative and late imports are all read."""
     assert len(violations(module, imports(module, source))) == count
+
+
+def too_long(source: str) -> list[str]:
+    """Return the functions of a module that are too long, and `module` where all of it is."""
+    functions = (
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    found = [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= LINES["function"]]
+    return found + ["module"] * (len(source.splitlines()) > LINES["module"])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_or_function_is_too_long(module: str) -> None:
+    """What is longer than a reader can hold has a part that wants a name and a place of its own."""
+    assert too_long(MODULES[module].read_text(encoding="utf-8")) == []
+
+
+def test_what_is_too_long_is_seen() -> None:
+    """The check itself can fail, at one line more than is allowed."""
+    body = "    pass\n" * (LINES["function"] - 1)
+    assert too_long(f"class A:\n  def f():\n{body}") == []
+    assert too_long(f"class A:\n  def f():\n{body}    pass\n") == ["f"]
+    assert too_long("a = 1\n" * LINES["module"]) == []
+    assert too_long("a = 1\n" * (LINES["module"] + 1)) == ["module"]
 
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:

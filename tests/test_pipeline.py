@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from toy import rows, write_base, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import pipeline
+from lora_cli import pipeline, without_training
 from lora_cli.errors import DivergedError, GateError, InputError
 from lora_cli.manifest import verify
 from lora_cli.recipe.gates import Gate
@@ -264,19 +264,19 @@ def test_evaluate_and_merge_agree_with_the_run(job: Run, tmp_path: Path, base: P
     summary = job()
     recipe = load_recipe(tmp_path / "job" / "recipe.yaml")
     run = tmp_path / "job" / "run"
-    merged = pipeline.merge(run, tmp_path / "merged", recipe)
+    merged = without_training.merge(run, tmp_path / "merged", recipe)
     assert merged["max_logit_difference"] <= 1e-5
     for target in (run, run / "adapter", tmp_path / "merged"):
-        scores = pipeline.evaluate(target, recipe)
+        scores = without_training.evaluate(target, recipe)
         assert scores["tuned"]["loss"] == pytest.approx(summary["eval"]["tuned"]["loss"], rel=1e-5)
     assert scores["base"] == {}
-    assert pipeline.evaluate(run, recipe)["base"]["loss"] == pytest.approx(
+    assert without_training.evaluate(run, recipe)["base"]["loss"] == pytest.approx(
         summary["eval"]["base"]["loss"], rel=1e-6
     )
     with pytest.raises(InputError, match="exists already"):
-        pipeline.merge(run, tmp_path / "merged", recipe)
+        without_training.merge(run, tmp_path / "merged", recipe)
     with pytest.raises(InputError, match="no adapter to merge"):
-        pipeline.merge(tmp_path / "merged", tmp_path / "again", recipe)
+        without_training.merge(tmp_path / "merged", tmp_path / "again", recipe)
     assert not (tmp_path / "again").exists()
 
 
@@ -292,7 +292,7 @@ def test_an_adapter_of_another_base_is_refused(job: Run, tmp_path: Path) -> None
     assert config["num_hidden_layers"] == 2
     recipe = load_recipe(tmp_path / "job" / "recipe.yaml", [f"model.base={other}"])
     with pytest.raises(InputError, match="was trained on another base"):
-        pipeline.evaluate(tmp_path / "job" / "run" / "adapter", recipe)
+        without_training.evaluate(tmp_path / "job" / "run" / "adapter", recipe)
 
 
 def test_text_rows_train_too(job: Run, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sealed import reseal
 from toy import lora, rows, write_base, write_recipe, write_rows
 
-from lora_cli import adapters, pipeline
+from lora_cli import adapters, pipeline, without_training
 from lora_cli.errors import InputError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Adapter, Recipe
@@ -95,7 +95,7 @@ def test_two_runs_in_a_chain(tmp_path: Path, base: Path, monkeypatch: pytest.Mon
     assert done.returncode == 0, done.stderr
     assert "starts from" in done.stdout
     assert "(lora, rank 4, 14 layers)" in done.stdout
-    before = pipeline.evaluate(
+    before = without_training.evaluate(
         start, load_recipe(start / "recipe.yaml", [f"data.eval={other / 'eval.jsonl'}"])
     )
     after = json.loads((other / "run" / "summary.json").read_text())["eval"]
@@ -103,7 +103,7 @@ def test_two_runs_in_a_chain(tmp_path: Path, base: Path, monkeypatch: pytest.Mon
     assert after["tuned"]["loss"] < 0.8 * before["tuned"]["loss"] < 0.8 * before["base"]["loss"]
     losses = [json.loads(line)["loss"] for line in (other / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[0] == pytest.approx(before["tuned"]["loss"], rel=0.1)
-    again = pipeline.evaluate(other / "run", load_recipe(other / "run" / "recipe.yaml"))
+    again = without_training.evaluate(other / "run", load_recipe(other / "run" / "recipe.yaml"))
     assert again["tuned"]["loss"] == pytest.approx(after["tuned"]["loss"], rel=1e-6)
 
 

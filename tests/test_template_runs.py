@@ -11,7 +11,7 @@ from command_line import run_here, run_process, snapshot
 from toy import CHATML, rows, write_base, write_recipe, write_rows
 from transformers import AutoTokenizer
 
-from lora_cli import pipeline
+from lora_cli import pipeline, without_training
 from lora_cli.recipe.load import load_recipe
 
 MINE = CHATML.replace("<|im_start|>{{ m.role }}", "<|im_start|>the {{ m.role }}").replace(
@@ -50,7 +50,7 @@ def test_a_template_file_reaches_every_exported_folder(tmp_path: Path, base: Pat
     summary = pipeline.train(recipe)
     run = tmp_path / "job" / "run"
     file.unlink()
-    pipeline.merge(run, tmp_path / "again", recipe)
+    without_training.merge(run, tmp_path / "again", recipe)
     for folder in (run / "adapter", run / "merged", tmp_path / "again"):
         assert (folder / "chat_template.jinja").read_text() == MINE
         assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
@@ -62,7 +62,7 @@ def test_a_template_file_reaches_every_exported_folder(tmp_path: Path, base: Pat
     card = (run / "adapter" / "README.md").read_text()
     assert "Chat template: " in card
     assert "in chat_template.jinja" in card
-    scores = pipeline.evaluate(run, recipe)
+    scores = without_training.evaluate(run, recipe)
     assert scores["tuned"]["loss"] == pytest.approx(summary["eval"]["tuned"]["loss"], rel=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_an_adapter_is_scored_with_the_template_it_carries(tmp_path: Path, base:
     adapter = tmp_path / "job" / "run" / "adapter"
     bare = load_recipe(write_recipe(tmp_path / "other", base))
     assert bare.data.template == "auto"
-    scores = pipeline.evaluate(adapter, bare)
+    scores = without_training.evaluate(adapter, bare)
     assert scores["tuned"]["loss"] == pytest.approx(summary["eval"]["tuned"]["loss"], rel=1e-6)
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from toy import CHATML, write_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from lora_cli import pipeline
+from lora_cli import without_training
 from lora_cli.recipe.load import load_recipe
 
 CORPUS = ["user assistant what does the cat say", "the cat says purr and no more"] * 3
@@ -66,7 +66,7 @@ def tokenizer_of(base: Path) -> Any:
 def describe(base: Path, *overrides: str, show: int = 0, rows: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the description of a recipe that consists of overrides."""
     recipe = load_recipe(None, [f"model.base={base}", "run.device=cpu", *overrides])
-    return pipeline.describe_data(recipe, show=show, rows=rows)
+    return without_training.describe_data(recipe, show=show, rows=rows)
 
 
 def finding(said: dict[str, Any], name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ several that match, the first counts. PEFT sorts its patterns when it saves, whi
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -62,6 +63,29 @@ def lasting(patterns: Mapping[str, Value], paths: Sequence[str]) -> dict[str, Va
     if all(_first_match(ordered, path) == pattern for path, pattern in chosen.items()):
         return ordered
     return {re.escape(path): patterns[pattern] for path, pattern in chosen.items() if pattern is not None}
+
+
+def shared_out(
+    ranks: Mapping[str, int],
+    before: Mapping[str, int],
+    rank: int,
+    alpha: float,
+    alpha_of: Callable[[str], float],
+    rslora: bool,
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Return the patterns of ranks and alphas that give each path its new rank and leave its update's scale as it was.
+
+    `rank` and `alpha` are what no pattern is needed for; a path of rank 0 has none.
+    """
+    alphas = {
+        path: alpha_of(path) * (math.sqrt(new / before[path]) if rslora else new / before[path])
+        for path, new in ranks.items()
+        if new
+    }
+    return (
+        {re.escape(path): new for path, new in ranks.items() if new not in (0, rank)},
+        {re.escape(path): value for path, value in alphas.items() if value != alpha},
+    )
 
 
 def layer_indices(layers: str | Sequence[int], count: int, where: str) -> list[int]:

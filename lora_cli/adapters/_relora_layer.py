@@ -103,7 +103,8 @@ class ReloraLinear(LoraLinear):
         self._forget_factors()
         self.past_delta = None
         for name, value in past.items():
-            setattr(self, name, value.to(self.device))
+            # A copy: a checkpoint's tensors are pages of its file, which lives shorter than the run.
+            setattr(self, name, value.to(self.device, copy=True))
 
     def _past_chains(self, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
         """Return what was merged as `LowRankProduct` takes it; a restart makes new tensors, and so a new cast."""

@@ -13,8 +13,6 @@ rows of tokens (`_lora_rows.py`).
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -24,10 +22,10 @@ from transformers import PreTrainedModel
 
 from lora_cli.adapters import (
     _lora_config,
-    _lora_eva,
     _lora_init,
     _lora_patterns,
     _lora_rows,
+    _lora_starts,
     _low_rank,
     _whole,
 )
@@ -124,46 +122,25 @@ class Lora(Method):
         """
         if self.init not in _lora_init.PREPARED:
             return []
-        paths, resumed, self.starts = self.target_paths(model), source.resumed(), {}
-        for path in paths:
-            if isinstance(model.get_submodule(path), nn.Embedding):
-                raise InputError(f"adapter.init: {self.init} is not there for an embedding {_remedy(path)}")
-        ranks = {path: _lora_patterns.value_at(self.rank_pattern, path, self.rank) for path in paths}
-        if self.init == "loftq":
-            if resumed is not None:
-                return []
-            scales = {
-                path: _low_rank.scale_of(self._alpha_of(path), rank, self.rslora)
-                for path, rank in ranks.items()
-            }
-            self.starts, line = _lora_init.loftq_starts(model, ranks, scales, source.full_weight)
-            source.agree([factor for start in self.starts.values() for factor in start])
-            return [line]
-        if resumed is not None and len(resumed.get("eva_ranks", ())) == len(paths):
-            self._share_out(ranks, dict(zip(paths, resumed["eva_ranks"].tolist(), strict=True)))
-            return []
-        shared, starts, line = _lora_eva.start(
-            model, ranks, rho=self.eva_rho, limit=self.eva_tokens, source=source
+        ranks = {path: self._rank_of(path) for path in self.target_paths(model)}
+        scales = {
+            path: _low_rank.scale_of(self._alpha_of(path), rank, self.rslora) for path, rank in ranks.items()
+        }
+        made = _lora_starts.prepare(
+            self.init, model, ranks, scales, source, rho=self.eva_rho, tokens=self.eva_tokens
         )
-        self._share_out(ranks, shared)
-        self.starts = {path: (a, torch.zeros((), device=a.device)) for path, a in starts.items()}
-        return [line]
+        self.starts, self.eva_ranks = made.factors, made.ranks
+        if made.ranks:
+            self.rank_pattern, self.alpha_pattern = _lora_patterns.shared_out(
+                made.ranks, ranks, self.rank, self.alpha, self._alpha_of, self.rslora
+            )
+        return made.lines
+
+    def _rank_of(self, path: str) -> int:
+        return _lora_patterns.value_at(self.rank_pattern, path, self.rank)
 
     def _alpha_of(self, path: str) -> float:
         return _lora_patterns.value_at(self.alpha_pattern, path, self.alpha)
-
-    def _share_out(self, before: Mapping[str, int], ranks: dict[str, int]) -> None:
-        """Take over EVA's ranks; an alpha changes with its rank so that the scale of the update stays."""
-        self.eva_ranks = ranks
-        kept = {re.escape(path): rank for path, rank in ranks.items() if rank}
-        alphas = {
-            re.escape(path): self._alpha_of(path)
-            * (math.sqrt(rank / before[path]) if self.rslora else rank / before[path])
-            for path, rank in ranks.items()
-            if rank
-        }
-        self.rank_pattern = {path: rank for path, rank in kept.items() if rank != self.rank}
-        self.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != self.alpha}
 
     def inject(self, model: PreTrainedModel) -> dict[str, AdapterLinear]:
         """Place the adapters, and train biases and whole modules besides where the settings say so.
@@ -201,13 +178,13 @@ class Lora(Method):
 
     def layout(self, model: PreTrainedModel) -> dict[str, dict[str, object]]:
         """Return what the keys come to on a model without adapters, by key and module path."""
-        paths, value_at = self.target_paths(model), _lora_patterns.value_at
+        paths = self.target_paths(model)
         whole = self._whole_paths(model, paths) if self.train_also else []
         return {
             "targets": dict.fromkeys(paths, "an adapter"),
             "layers": dict.fromkeys(paths, "an adapter"),
-            "rank_pattern": {path: value_at(self.rank_pattern, path, self.rank) for path in paths},
-            "alpha_pattern": {path: value_at(self.alpha_pattern, path, self.alpha) for path in paths},
+            "rank_pattern": {path: self._rank_of(path) for path in paths},
+            "alpha_pattern": {path: self._alpha_of(path) for path in paths},
             "train_also": dict.fromkeys(whole, "its weights"),
         }
 
@@ -217,7 +194,7 @@ class Lora(Method):
 
     def make_layer(self, path: str, base: BaseLinear) -> AdapterLinear:
         """Return a LoraLinear whose start is a function of seed and path, of the base weight, or of `prepare`."""
-        rank = _lora_patterns.value_at(self.rank_pattern, path, self.rank)
+        rank = self._rank_of(path)
         seed = stream_seed(self.seed, "adapter", path)
         layer = (ShiftedLoraLinear if self.init in _lora_init.FROM_BASE else LoraLinear)(
             base,
@@ -250,12 +227,14 @@ class Lora(Method):
             InputError: it is to start at a part of the base weight, or its A, which is zero, is to stay so.
         """
         if self.init in _lora_init.FROM_BASE:
-            raise InputError(f"adapter.init: {self.init} is not there for an embedding {_remedy(path)}")
+            raise InputError(
+                f"adapter.init: {self.init} is not there for an embedding {_lora_starts.remedy(path)}"
+            )
         if self.freeze_a:
             raise InputError(
-                f"adapter.freeze_a: an embedding's A starts at zero, and so would stay {_remedy(path)}"
+                f"adapter.freeze_a: an embedding's A starts at zero, and so would stay {_lora_starts.remedy(path)}"
             )
-        rank = _lora_patterns.value_at(self.rank_pattern, path, self.rank)
+        rank = self._rank_of(path)
         layer = LoraEmbedding(base, rank=rank, alpha=self._alpha_of(path), rslora=self.rslora)
         layer.reset(stream_seed(self.seed, "adapter", path))
         return layer
@@ -284,12 +263,7 @@ class Lora(Method):
 
     def note(self) -> str:
         """Say that LoftQ's adapter belongs to the quantized base."""
-        if self.init != "loftq":
-            return ""
-        return (
-            "The adapter holds a correction of the base's quantization (LoftQ): use it on the base quantized as the"
-            " recipe says, not in full precision"
-        )
+        return _lora_starts.LOFTQ_NOTE if self.init == "loftq" else ""
 
     def disk_config(self) -> dict[str, Any]:
         """Return PEFT's LoRA keys."""
@@ -321,10 +295,6 @@ class Lora(Method):
         method.row_ids = config.get("trainable_token_indices") or []
         method.strict = False
         return method
-
-
-def _remedy(path: str) -> str:
-    return f"(take {path} out of adapter.targets, or remove the key)"
 
 
 METHOD = Lora

@@ -49,11 +49,11 @@ def data(
     from lora_cli import preflight  # needs the data readers, which a bad recipe need not wait for
 
     preflight.check_description(settings)
-    from lora_cli import pipeline  # imports torch, since transformers does
+    from lora_cli import without_training  # imports torch, since transformers does
 
     number = show if show is not None else PAGE_ROWS if page is not None and not rows else 0
     with contextlib.redirect_stdout(sys.stderr):
-        said = pipeline.describe_data(settings, show=number, rows=rows or ())
+        said = without_training.describe_data(settings, show=number, rows=rows or ())
     said = {"recipe": str(recipe), **said}
     if page is not None:
         _write_page(page, said)

@@ -87,11 +87,11 @@ def evaluate(
     from lora_cli import preflight
 
     preflight.check_evaluation(target, recipe)
-    from lora_cli import pipeline  # imports torch
+    from lora_cli import without_training  # imports torch
     from lora_cli.recipe.gates import check_gates
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        scores = pipeline.evaluate(target, recipe)
+        scores = without_training.evaluate(target, recipe)
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
     # Here, not in the pipeline: the scores are printed even if one misses.

@@ -30,10 +30,10 @@ def inspect(
     from lora_cli import preflight
 
     preflight.check_inspection(target, recipe)
-    from lora_cli import pipeline  # imports torch
+    from lora_cli import without_training  # imports torch
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        found = pipeline.inspect(target, recipe)
+        found = without_training.inspect(target, recipe)
     if as_json:
         typer.echo(json.dumps(found, indent=2, allow_nan=False))
         return

@@ -17,7 +17,7 @@ Row = list[str]
 
 
 def lines(found: Mapping[str, Any], *, every: bool, encoding: str) -> list[str]:
-    """Return the lines for what `pipeline.inspect` found: a row for each kind of module, or for `every` module."""
+    """Return the lines for what was found in a target: a row for each kind of module, or for `every` module."""
     levels = _levels(encoding)
     text = [_headline(found), ""]
     if found["modules"]:

@@ -66,9 +66,9 @@ def merge(
     from lora_cli import preflight
 
     preflight.check_merge(target, output, recipe)
-    from lora_cli import pipeline  # imports torch
+    from lora_cli import without_training  # imports torch
 
-    pipeline.merge(
+    without_training.merge(
         target,
         output,
         recipe,

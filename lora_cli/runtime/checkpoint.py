@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_cli.errors import InputError
-from lora_cli.manifest import verify
+from lora_cli.manifest import identities, verify
 from lora_cli.models.tensor_files import bytes_of, save_tensors
 from lora_cli.publish import published, remove, sweep
 from lora_cli.recipe.schema import Train
@@ -62,6 +63,19 @@ def exports_best(settings: Train) -> bool:
     )
 
 
+def require_best(settings: Train, total_steps: int) -> None:
+    """Refuse a run that is to export its best weights and takes no held-out loss by which to know them.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if exports_best(settings) and (settings.eval_every or 0) > total_steps:
+        raise InputError(
+            f"train.eval_every: {settings.eval_every} is more than the run's {total_steps} steps, so no weights would"
+            " be the best (lower it)"
+        )
+
+
 def expected_bytes(
     trainable: Mapping[str, Tensor],
     method_state: Mapping[str, Tensor],
@@ -79,11 +93,15 @@ def expected_bytes(
 
 
 class Checkpoints:
-    """The checkpoints of one run; `keep` newest ones stay, and the best one by held-out loss."""
+    """The checkpoints of one run; `keep` newest ones stay, and the best one by held-out loss.
+
+    What was verified is remembered, so that it is hashed once, however often it is read.
+    """
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        self._verified: dict[int, _Verified] = {}
 
     def steps(self) -> list[int]:
         """Return the steps there are checkpoints of, newest first."""
@@ -130,10 +148,8 @@ class Checkpoints:
         """
         sweep(self.folder)
         for step in self.steps():
-            folder = self.folder / f"step-{step}"
             try:
-                if verify(folder).get("step") != step:
-                    raise InputError(f"{folder}: is not the checkpoint of step {step}, as its name says")
+                self._verify(step)
             except InputError as error:
                 warn(f"warning: checkpoint passed over: {error}")
                 continue
@@ -141,21 +157,67 @@ class Checkpoints:
         return None
 
     def facts(self, step: int) -> dict[str, Any]:
-        """Return the manifest of a checkpoint that was verified: step, recipe, fingerprints, machine."""
-        return verify(self.folder / f"step-{step}", contents=False)
-
-    def load(self, step: int) -> tuple[State, dict[str, Tensor], dict[str, Tensor]]:
-        """Return the state, the optimizer's tensors and the method's.
+        """Return the manifest of a checkpoint: step, recipe, fingerprints, machine, versions.
 
         Raises:
             InputError: the checkpoint is missing or damaged.
         """
-        folder = self.folder / f"step-{step}"
-        verify(folder)
-        state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-        return state, load_file(folder / "optimizer.safetensors"), self.method_state(step)
+        return self._verify(step).manifest
+
+    @contextmanager
+    def opened(self, step: int) -> Iterator[tuple[State, dict[str, Tensor], dict[str, Tensor]]]:
+        """Yield the state, the optimizer's tensors and the method's, which are read when they are used.
+
+        Raises:
+            InputError: the checkpoint is missing, damaged, or was changed while it was read.
+        """
+        folder, verified = self.folder / f"step-{step}", self._verify(step)
+        try:
+            state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+            yield state, load_file(folder / "optimizer.safetensors"), load_file(folder / "method.safetensors")
+        finally:
+            # Only now: tensors are pages of the file, and what a page holds is known once it was read.
+            verified.require_untouched(folder)
 
     def method_state(self, step: int) -> dict[str, Tensor]:
-        """Return the method's tensors of a checkpoint that was verified."""
-        tensors: dict[str, Tensor] = load_file(self.folder / f"step-{step}" / "method.safetensors")
-        return tensors
+        """Return the method's tensors of a checkpoint.
+
+        Raises:
+            InputError: the checkpoint is missing, damaged, or was changed while it was read.
+        """
+        with self.opened(step) as (_, _, method):
+            return {name: tensor.clone() for name, tensor in method.items()}
+
+    def _verify(self, step: int) -> _Verified:
+        """Compare a checkpoint with its manifest, unless that was done and no file was touched since.
+
+        Raises:
+            InputError: it is missing, damaged, or another one than was verified before.
+        """
+        folder = self.folder / f"step-{step}"
+        before, files = self._verified.get(step), identities(folder)
+        if before is None or before.files != files:
+            now = _Verified(verify(folder), files)
+            if now.manifest.get("step") != step:
+                raise InputError(f"{folder}: is not the checkpoint of step {step}, as its name says")
+            if before is not None and before.manifest != now.manifest:
+                raise InputError(f"{folder}: is another checkpoint than a moment ago (start again)")
+            self._verified[step] = now
+        return self._verified[step]
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """The manifest that a checkpoint agreed with, and the files of which that was found."""
+
+    manifest: dict[str, Any]
+    files: dict[str, tuple[int, ...]]
+
+    def require_untouched(self, folder: Path) -> None:
+        """Refuse what was read where any file was touched since it was verified.
+
+        Raises:
+            InputError: naming the folder.
+        """
+        if identities(folder) != self.files:
+            raise InputError(f"{folder}: was changed while it was read (start again)")

@@ -38,11 +38,6 @@ class Runtime:
         """True in the one process that writes."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.world_size > 1:
-            torch.distributed.barrier()
-
     def in_main(self, work: Callable[[], None]) -> None:
         """Do `work` in the main process while the others wait; where it fails, every process raises."""
         fault: LoraError | None = None

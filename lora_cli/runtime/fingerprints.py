@@ -74,10 +74,14 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def versions() -> dict[str, str | int]:
+    """Return the versions of what decides a run's bits."""
+    return {name: version(name) for name in ("lora-cli", "torch", "transformers", "safetensors")}
+
+
 def machine(rt: Runtime) -> dict[str, str | int]:
-    """Return what bit-identical results hang on: versions, processor, device, processes and threads."""
-    versions: dict[str, str | int] = {name: version(name) for name in ("lora-cli", "torch", "transformers")}
-    return versions | {
+    """Return what bit-identical results hang on besides `versions`: processor, device, processes and threads."""
+    return {
         "processor": platform.machine(),
         "device": torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu",
         "processes": rt.world_size,

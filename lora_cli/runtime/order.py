@@ -8,6 +8,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from lora_cli.recipe.schema import Train
 from lora_cli.seeding import stream_seed
 
 
@@ -21,6 +22,11 @@ def total_steps(num_rows: int, batch_size: int, *, epochs: float, max_steps: int
     if max_steps is not None:
         return max_steps
     return max(1, math.ceil(round(epochs * steps_per_epoch(num_rows, batch_size), 9)))
+
+
+def planned_steps(settings: Train, num_rows: int) -> int:
+    """Return the optimizer steps of a run over so many training rows."""
+    return total_steps(num_rows, settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps)
 
 
 def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,8 @@ from lora_cli.recipe.data_block import CHOICES
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.redaction import redacted
+from lora_cli.runtime.fingerprints import versions
 from lora_cli.types import Evaluated, Prepared, Trained
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what decides a run's bits."""
-    return {name: version(name) for name in ("lora-cli", "torch", "transformers", "safetensors")}
 
 
 def summarize(

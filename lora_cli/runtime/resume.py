@@ -11,14 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from lora_cli.errors import InputError
 from lora_cli.manifest import verify
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime.checkpoint import Checkpoints
 from lora_cli.runtime.fingerprints import changed_contents, changed_tokens
-from lora_cli.runtime.run_folder import CHECKPOINTS, EXPORTS, RunFolder
+from lora_cli.runtime.run_folder import EXPORTS, RunFolder
 
 BY_CONTENT = {"data.train", "data.eval", "data.template", "model.base", "adapter.init_from"}
 """Keys whose content is compared, not their text; so is the path of each of data.sources."""
@@ -107,9 +106,10 @@ def find_finished(
 
 def find_step(
     folder: RunFolder,
+    checkpoints: Checkpoints,
     recipe: Recipe,
     facts: Mapping[str, str],
-    machine: Mapping[str, str | int],
+    made_on: Mapping[str, str | int],
     total_steps: int,
     log: Callable[[str], None],
     *,
@@ -117,12 +117,12 @@ def find_step(
 ) -> int | None:
     """Return the step of the checkpoint that the run goes on from; None where none was written yet.
 
-    Keys in `allow`, and what stands below them, may differ from the checkpoint's. Another `machine` is told.
+    Keys in `allow`, and what stands below them, may differ from the checkpoint's. What differs from
+    `made_on`, machine and versions, is told.
 
     Raises:
         InputError: the recipe, data or base of the checkpoint are others, it is beyond the last step, or none verifies.
     """
-    checkpoints = _checkpoints(folder, recipe)
     damage: list[str] = []
     step = checkpoints.newest(damage.append)
     if step is None:
@@ -152,19 +152,14 @@ def find_step(
         )
     for line in allowed:
         log(f"resume: allowed although changed: {line}")
-    was = before.get("machine", {})
+    was = before.get("versions", {}) | before.get("machine", {})
     other = [
-        f"{name} {was.get(name)} -> {value}" for name, value in machine.items() if was.get(name) != value
+        f"{name} {was.get(name)} -> {value}" for name, value in made_on.items() if was.get(name) != value
     ]
     if other:
         log(f"resume: warning: not bit-identical to a run in one piece: {', '.join(other)}")
     log(f"resume: continuing after step {step}")
     return step
-
-
-def method_state(folder: RunFolder, recipe: Recipe, step: int | None) -> dict[str, Tensor] | None:
-    """Return the adapter method's tensors of the checkpoint that the run goes on from; None where there is none."""
-    return None if step is None else _checkpoints(folder, recipe).method_state(step)
 
 
 def changed_keys(before: Recipe, now: Recipe) -> dict[str, str]:
@@ -183,10 +178,6 @@ def changes_training(key: str) -> bool:
 
 def _is_source_path(key: str) -> bool:
     return key.startswith("data.sources.") and key.endswith(".path")
-
-
-def _checkpoints(folder: RunFolder, recipe: Recipe) -> Checkpoints:
-    return Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
 
 
 def _recipe_of(facts: Mapping[str, Any], folder: RunFolder) -> Recipe:

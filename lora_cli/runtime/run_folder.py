@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_cli import disk
+from lora_cli import disk, interrupts
 from lora_cli.errors import InputError, LoraError
 from lora_cli.manifest import MANIFEST, sha256_of, verify
 from lora_cli.publish import remove, sweep, write_json, write_text
@@ -145,8 +145,9 @@ class RunFolder:
         return inner if self.is_run() else self.path
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json by one rename."""
-        write_json(self.path / SUMMARY_FILE, summary)
+        """Write summary.json by one rename; a signal waits until it is there."""
+        with interrupts.deferred():
+            write_json(self.path / SUMMARY_FILE, summary)
 
     def _remove(self, names: list[str]) -> None:
         for path in (self.path / name for name in names):

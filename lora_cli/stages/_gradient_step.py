@@ -50,9 +50,7 @@ class GradientStep:
         self.settings, self.model, self.method, self.objective = settings, model, method, objective
         self.examples, self.seed, self.rt, self.log = examples, seed, rt, log
         self.state = State()
-        self.total = order.total_steps(
-            len(self.examples), settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps
-        )
+        self.total = order.planned_steps(settings, len(self.examples))
         self.warmup = schedule.warmup_steps(settings.warmup, self.total)
         self.tokens = batch_tokens(settings.micro_batch_tokens, model, at_most=MICRO_BATCH_TOKENS)
         """Tokens of a forward pass as the recipe has it."""
@@ -147,12 +145,12 @@ class GradientStep:
         """Put method and optimizer where a checkpoint has them, and return its state.
 
         Raises:
-            InputError: the checkpoint is missing or damaged.
+            InputError: the checkpoint is missing, damaged, or was changed while it was read.
         """
-        state, optimizer, method = checkpoints.load(step)
-        self.method.load_state_dict(method)  # first: what is trained may depend on it
-        self._follow_method()
-        self.optimizer.load_state_dict(optimizer)
+        with checkpoints.opened(step) as (state, optimizer, method):
+            self.method.load_state_dict(method)  # first: what is trained may depend on it
+            self._follow_method()
+            self.optimizer.load_state_dict(optimizer)
         self.passes.size.tokens = min(self.tokens, state.micro_batch_tokens or self.tokens)
         return state
 

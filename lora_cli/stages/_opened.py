@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from lora_cli import adapters
@@ -13,7 +14,7 @@ from lora_cli.adapters import Method, Start, _peft
 from lora_cli.data.chosen_tokens import add_tokens, token_ids
 from lora_cli.errors import InputError
 from lora_cli.manifest import MANIFEST, verify
-from lora_cli.models.load import base_fingerprint, base_folder, load_tokenizer
+from lora_cli.models.load import DTYPES, base_fingerprint, base_folder, load_model, load_tokenizer
 from lora_cli.models.nf4 import Quantization
 from lora_cli.models.safety import check_tokenizer
 from lora_cli.models.weight_files import read_json
@@ -56,17 +57,6 @@ def locate(target: Path, recipe: Recipe, log: Callable[[str], None]) -> tuple[Pa
     return None, _model_folder(str(target), None, recipe, log)
 
 
-def base_of(recipe: Recipe) -> Path:
-    """Return the folder of the recipe's base, compared with its manifest where it has one.
-
-    Raises:
-        InputError: the base cannot be used, or is damaged.
-    """
-    folder = base_folder(recipe.model.base, recipe.model.revision)
-    _require_sound(folder)
-    return folder
-
-
 def _require_sound(folder: Path) -> None:
     """Refuse a damaged folder of ours; one from elsewhere has no manifest to be compared with."""
     if (folder / MANIFEST).is_file():
@@ -90,10 +80,31 @@ def settle_start(recipe: Recipe, base: Path | None) -> tuple[Recipe, Start | Non
     return recipe.model_copy(update={"adapter": start.settle(recipe.adapter)}), start
 
 
-def load_adapter(folder: Path, base: Path, model: PreTrainedModel) -> Method:
-    """Inject an adapter; refuse one of ours that was trained on a base with other weights."""
-    _require_base_of(folder, base)
-    return adapters.load(folder, model)
+def model(
+    recipe: Recipe,
+    adapter: Path | None,
+    base: Path,
+    device: torch.device,
+    *,
+    dtype: str | None = None,
+    attention: str | None = None,
+) -> tuple[PreTrainedModel, Method | None]:
+    """Return the base as the recipe has it, or in `dtype`, and the method of the adapter injected into it, if any.
+
+    Raises:
+        InputError: the base cannot be loaded, or the adapter is one of ours that was trained on another.
+    """
+    loaded = load_model(
+        base,
+        dtype=DTYPES[dtype or recipe.model.dtype],
+        device=device,
+        attention=attention,
+        quantization=quantization(recipe),
+    )
+    if adapter is None:
+        return loaded, None
+    _require_base_of(adapter, base)
+    return loaded, adapters.load(adapter, loaded)
 
 
 def _require_base_of(adapter: Path, base: Path) -> None:

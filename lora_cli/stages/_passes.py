@@ -35,7 +35,7 @@ def epoch(recipe: Recipe, train: Dataset, config: Mapping[str, Any], device: str
         packed += len(bins(lengths, limit)) if wanted else 0
     return {
         "steps": steps,
-        "total_steps": order.total_steps(rows, plan.batch_size, epochs=plan.epochs, max_steps=plan.max_steps),
+        "total_steps": order.planned_steps(plan, rows),
         "batch_size": plan.batch_size,
         "tokens": tokens,
         "pass_tokens": limit,

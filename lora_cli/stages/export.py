@@ -7,8 +7,6 @@ merged/    a plain transformers model with the update in its weights, and the sa
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +25,11 @@ from lora_cli.models import remote_code
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
 from lora_cli.models.nf4 import quantized_layers
-from lora_cli.models.safety import MORE_TEMPLATES, TOKENIZER_FILES
 from lora_cli.models.tensor_files import disk_errors, require_finite
 from lora_cli.publish import published
 from lora_cli.recipe.schema import Export
 from lora_cli.stages import _lossy, _merge_base, _space
+from lora_cli.stages._companions import Companions
 from lora_cli.types import Example
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -42,16 +40,9 @@ def run(
     targets: Mapping[str, Path],
     model: AdaptedModel,
     method: Method,
+    beside: Companions,
     *,
-    base: Path,
-    base_name: str,
-    revision: str | None,
-    stop_ids: Sequence[int],
-    card: str,
-    facts: Mapping[str, Any],
     settings: Export,
-    tokenizer: Any | None = None,
-    chat_template: str | None = None,
     sample: Sequence[Example] = (),
     merge_with: str = "lora-merge TARGET --output DIR",
     log: Callable[[str], None],
@@ -59,11 +50,9 @@ def run(
     """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
     A method that a format cannot hold is written as one that it can, and how far that is from it is logged and said in
-    the model card, as is a note of the method's own. `card` is the model card's text, `facts` join the manifest. The
-    tokenizer's files come from `base`, byte for byte, unless a `tokenizer` that knows more tokens is given; a
-    `chat_template` takes the place of the base's. On the rows of `sample` it is measured what a quantized base is best
-    merged into. Those figures are returned as `merge_base`, those of a portable adapter as `portable_update`;
-    `merge_with` is the command to use where it is refused.
+    the model card, as is a note of the method's own. `beside` is what each folder gets besides. On the rows of `sample`
+    it is measured what a quantized base is best merged into. Those figures are returned as `merge_base`, those of a
+    portable adapter as `portable_update`; `merge_with` is the command to use where it is refused.
 
     Raises:
         InputError: a target exists, or a portable adapter cannot hold what was trained.
@@ -74,21 +63,22 @@ def run(
         LoraError: what was read back differs from what was meant by more than LIMITS; nothing is published.
     """
     differences: dict[str, Any] = {}
+    base = beside.base
     require_expressible(targets, model, method)
     for form, target in sorted(targets.items(), key=lambda item: item[0] == "portable"):
         notes: list[str] = []
         needed = _space.export_bytes([form], settings, base, model, method)
-        with published(target, facts=dict(facts), needed=needed) as staging:
+        with published(target, facts=dict(beside.facts), needed=needed) as staging:
             if form == "merged":
                 remote_code.settle(staging, runs_code=remote_code.may_run(base))
                 difference, measured = _export_merged(staging, model, base, settings, sample, log)
                 differences |= measured
             else:
                 written, errors = _as_adapter(form, method, settings, merge_with)
-                _peft.write(staging, written, base_name=base_name, revision=revision)
+                _peft.write(staging, written, base_name=beside.base_name, revision=beside.revision)
                 difference, from_live = _reload_adapter(staging, model, written)
                 notes = [method.note()] if method.note() else []
-                notes += [_new_tokens(model)] if tokenizer is not None else []
+                notes += [_new_tokens(model)] if beside.tokenizer is not None else []
                 if errors:
                     notes += _lossy.describe(form, written, errors, from_live, model.dtype)
                 if form == "portable":
@@ -97,8 +87,7 @@ def run(
             _check(form, difference, model.dtype)
             for note in notes:
                 log(f"export: {note}")
-            whole_card = "\n\n".join([card, *notes]).rstrip("\n") + "\n"
-            _add_companions(staging, base, tokenizer, chat_template, stop_ids, whole_card)
+            beside.write(staging, notes)
         differences[form] = difference
         log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
     return differences
@@ -242,45 +231,9 @@ def _original_weight(module: nn.Module) -> Any:
 
 @contextmanager
 def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model has default generation settings; the real ones are written by `_add_companions`."""
+    """Within it the model has default generation settings; the real ones are written by `Companions`."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
         model.generation_config = own
-
-
-def _add_companions(
-    folder: Path,
-    base: Path,
-    tokenizer: Any | None,
-    chat_template: str | None,
-    stop_ids: Sequence[int],
-    card: str,
-) -> None:
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    for name in TOKENIZER_FILES if tokenizer is None else ():
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
-    if chat_template is not None:
-        _replace_template(folder, chat_template)
-    elif (base / MORE_TEMPLATES).is_dir():
-        shutil.copytree(base / MORE_TEMPLATES, folder / MORE_TEMPLATES)
-    # Its other settings stay as they are: transformers reads some that it refuses to write.
-    source = base / "generation_config.json"
-    settings = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
-    # A reader that stops at another token than the one that was trained would never stop.
-    settings["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
-    (folder / source.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _replace_template(folder: Path, chat_template: str) -> None:
-    """Make a template the only one of an exported tokenizer."""
-    (folder / "chat_template.json").unlink(missing_ok=True)
-    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if config.pop("chat_template", None) is not None:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

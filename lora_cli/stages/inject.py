@@ -14,20 +14,17 @@ from transformers import PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import Method, Start
-from lora_cli.adapters._targets import expert_tensors
 from lora_cli.data.chosen_tokens import token_ids
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, fastest_attention, load_model
-from lora_cli.models.nf4 import Quantization, quantized_layers
+from lora_cli.models.nf4 import Quantization
 from lora_cli.models.packing import keep_apart
 from lora_cli.recipe.schema import Adapter
 from lora_cli.runtime.dist import Runtime
+from lora_cli.stages._base_size import BaseSize
 from lora_cli.stages._start_source import StartSource
 from lora_cli.types import Prepared
-
-_NAMES_OF_EXPERTS = frozenset(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
-"""Layers of experts as they were called before a mixture held them in 3-D tensors; dense layers still are."""
 
 _POSITION_TABLE = re.compile(r"(wpe|embed_positions|position_embeddings?)(\.base)?$")
 
@@ -64,10 +61,7 @@ def run(
     model = load_model(
         folder, dtype=DTYPES[dtype], device=rt.device, attention=attention, quantization=quantization
     )
-    experts = sum(parameter.numel() for parameter in expert_tensors(model).values())
-    packed = quantized_layers(model)
-    in_packed = sum(layer.in_features * layer.out_features for layer in packed.values())
-    total = in_packed + sum(parameter.numel() for parameter in model.parameters())
+    size = BaseSize.of(model)
     method = start.build(adapter, seed) if start else adapters.build(adapter, seed)
     method.learn_tokens(partial(token_ids, prepared.tokenizer))
     method.plan(total_steps)
@@ -78,42 +72,16 @@ def run(
         for line in method.prepare(model, source):
             log(line)
         method.inject(model)
-    layers = method.layers
     # Only now, since new tokens may have made the embedding grow.
     check_rows_fit(model, prepared, max_generated=max_generated)
     _check_forward(model)
     packs = settle_packing(model, packing, log)
-    trainable = method.trainable(model)
     # With no adapter to switch off, the base survives only as a copy of the weights that will change.
-    frozen_copy: dict[str, Tensor] = {}
-    if not layers:
-        frozen_copy = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    trained = sum(parameter.numel() for parameter in trainable.values())
-    if quantization is not None:
-        stored = sum(layer.weight_bytes() for layer in packed.values())
-        log(
-            f"base: {len(packed)} linear layers in {quantization.form}, {stored / 1e6:,.1f} MB for what takes"
-            f" {in_packed * DTYPES[dtype].itemsize / 1e6:,.1f} MB in {dtype}"
-        )
-    log(
-        f"model: {folder.name}, {total:,} parameters in {dtype} on {rt.device.type}; "
-        f"{adapter.method} trains {trained:,} ({trained / total:.2%})"
-        + (f" in {len(layers)} layers" if layers else "")
-    )
-    if layers and experts:
-        _tell_of_experts(experts, method, log)
+    changing = {} if method.layers else method.trainable(model)
+    frozen_copy = {name: parameter.detach().clone() for name, parameter in changing.items()}
+    for line in size.lines(model, method, folder.name, adapter.method, dtype, quantization):
+        log(line)
     return AdaptedModel(model, method.placed(), frozen_copy, packs=packs), method
-
-
-def _tell_of_experts(parameters: int, method: Method, log: Callable[[str], None]) -> None:
-    """Say that experts get no adapter, and where PEFT would take adapted layers for theirs."""
-    log(f"model: {parameters:,} of its parameters are experts held in 3-D tensors; they get no adapter")
-    alike = sorted({path.rpartition(".")[2] for path in method.layers} & _NAMES_OF_EXPERTS)
-    if alike and method.peft_type not in ("ADALORA", "VERA"):
-        log(
-            f"model: on some mixtures PEFT 0.21 takes {', '.join(alike)} for names of the experts, and opens the"
-            " adapter without these layers (export merged besides, or choose targets: attention)"
-        )
 
 
 def settle_packing(

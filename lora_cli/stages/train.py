@@ -23,7 +23,6 @@ from lora_cli.recipe.schema import Train
 from lora_cli.runtime.checkpoint import Checkpoints, State, exports_best
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Log
-from lora_cli.runtime.run_folder import CHECKPOINTS
 from lora_cli.stages._gradient_step import GradientStep
 from lora_cli.stages._micro_batches import REMEDY
 from lora_cli.types import Examples, Prepared, Trained
@@ -36,6 +35,7 @@ def run(
     objective: Objective,
     prepared: Prepared,
     folder: Path,
+    checkpoints: Checkpoints,
     *,
     seed: int,
     resume_step: int | None,
@@ -54,7 +54,6 @@ def run(
     """
     assert prepared.train is not None
     step = GradientStep(settings, model, method, objective, prepared.train, seed, rt, log.line)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, keep=settings.keep_checkpoints)
     if resume_step is not None:
         step.state = step.restore(checkpoints, resume_step)
         rt.in_main(lambda: checkpoints.prune(step.state))

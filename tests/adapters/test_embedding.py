@@ -15,7 +15,7 @@ from test_lora_training import adamw, follow, start_alike
 from toy import write_base, write_recipe
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig, OPTConfig, PreTrainedModel
 
-from lora_cli import adapters, pipeline
+from lora_cli import adapters, pipeline, without_training
 from lora_cli.adapters import Method, _peft
 from lora_cli.adapters._lora_embedding import LoraEmbedding
 from lora_cli.adapters._targets import match_targets
@@ -180,7 +180,7 @@ def test_a_run_adapts_its_embedding_in_every_format(
     run = tmp_path / "run"
     plain = load_recipe(tmp_path / "recipe.yaml", ["model.quantize=none", "export.merge_base=auto"])
     for target, its in ((run / "adapter", recipe), (run / "merged", plain)):
-        loss = pipeline.evaluate(target, its)["tuned"]["loss"]
+        loss = without_training.evaluate(target, its)["tuned"]["loss"]
         assert loss == pytest.approx(summary["eval"]["tuned"]["loss"], rel=1e-5)
     merged = AutoModelForCausalLM.from_pretrained(run / "merged")
     assert not merged.config.tie_word_embeddings

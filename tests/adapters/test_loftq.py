@@ -15,7 +15,7 @@ from small import make_model
 from toy import write_base, write_recipe
 from transformers import AutoModelForCausalLM
 
-from lora_cli import adapters, pipeline
+from lora_cli import adapters, pipeline, without_training
 from lora_cli.adapters import Method, _lora_init
 from lora_cli.adapters._low_rank import LoraLinear
 from lora_cli.errors import InputError
@@ -129,7 +129,7 @@ def test_what_is_exported_is_the_run(job: Any, monkeypatch: pytest.MonkeyPatch) 
     recipe, summary, cache = job
     monkeypatch.setenv("LORA_CLI_CACHE", cache)
     run = recipe.parent / "run"
-    scores = pipeline.evaluate(run, load_recipe(run / "recipe.yaml"))
+    scores = without_training.evaluate(run, load_recipe(run / "recipe.yaml"))
     assert scores == summary["eval"]
     assert "holds a correction of the base's quantization (LoftQ)" in (run / "adapter/README.md").read_text()
     config = json.loads((run / "adapter/adapter_config.json").read_text())
@@ -143,7 +143,7 @@ def test_a_merge_takes_the_dequantized_base(
     recipe, _, cache = job
     monkeypatch.setenv("LORA_CLI_CACHE", cache)
     loaded = load_recipe(recipe.parent / "run" / "recipe.yaml")
-    result = pipeline.merge(recipe.parent / "run", tmp_path / "merged", loaded)
+    result = without_training.merge(recipe.parent / "run", tmp_path / "merged", loaded)
     measured = result["merge_base"]
     assert measured["chosen"] == "dequantized"
     assert measured["dequantized"]["kl"] < 1e-6 < measured["full"]["kl"]

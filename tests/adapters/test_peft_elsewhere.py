@@ -12,7 +12,7 @@ import torch
 from toy import write_base, write_recipe
 from transformers import AutoModelForCausalLM
 
-from lora_cli import pipeline
+from lora_cli import without_training
 from lora_cli.recipe.load import load_recipe
 
 TARGETS = ["q_proj", "down_proj"]
@@ -67,10 +67,10 @@ def test_it_is_scored_and_merged_as_peft_computes_it(
     base = write_base(tmp_path / "base")
     live = logits(write(tmp_path / "adapter", base, name))
     recipe = load_recipe(write_recipe(tmp_path / "job", base))
-    pipeline.merge(tmp_path / "adapter", tmp_path / "merged", recipe)
+    without_training.merge(tmp_path / "adapter", tmp_path / "merged", recipe)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert float((logits(merged) - live).abs().max()) <= 1e-5
-    scores = pipeline.evaluate(tmp_path / "adapter", recipe)
-    again = pipeline.evaluate(tmp_path / "merged", recipe)
+    scores = without_training.evaluate(tmp_path / "adapter", recipe)
+    again = without_training.evaluate(tmp_path / "merged", recipe)
     assert scores["tuned"]["loss"] == pytest.approx(again["tuned"]["loss"], rel=1e-5)
     assert abs(scores["tuned"]["loss"] - scores["base"]["loss"]) > 1e-3

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import exporting
 import peft
 import pytest
 import torch
@@ -20,7 +21,6 @@ from lora_cli.adapters import Method, _portable
 from lora_cli.adapters.adalora import AdaLoraLinear
 from lora_cli.adapters.relora import ReloraLinear
 from lora_cli.errors import GateError, InputError
-from lora_cli.models.adapted import AdaptedModel
 from lora_cli.recipe import schema
 from lora_cli.stages import export
 
@@ -64,11 +64,8 @@ def write(
 ) -> tuple[dict[str, Any], str]:
     """Export the portable adapter and return its figures and what was logged."""
     lines: list[str] = []
-    result = export.run(
-        {"portable": folder}, AdaptedModel(model, method.placed()), method, base=base, base_name="some/base",
-        revision=None, stop_ids=[2], card="# card\n", facts={}, log=lines.append,
-        settings=schema.Export(formats=["portable"], **settings),
-    )  # fmt: skip
+    chosen = schema.Export(formats=["portable"], **settings)
+    result = exporting.write({"portable": folder}, model, method, base, chosen, log=lines.append)
     return result, "\n".join(lines)
 
 
@@ -222,10 +219,9 @@ def test_the_portable_adapter_is_written_last(tmp_path: Path, base: Path) -> Non
     """When it is refused, the adapter that can be merged instead stands already."""
     model, method = moved("dora", "llama")
     with pytest.raises(GateError, match="max_portable_error"):
-        export.run(
-            {form: tmp_path / form for form in ("portable", "peft")}, AdaptedModel(model, method.layers), method,
-            base=base, base_name="some/base", revision=None, stop_ids=[2], card="", facts={}, log=lambda line: None,
-            settings=schema.Export(formats=["portable", "peft"], portable_rank=1, max_portable_error=0.0),
+        exporting.write(
+            {form: tmp_path / form for form in ("portable", "peft")}, model, method, base,
+            schema.Export(formats=["portable", "peft"], portable_rank=1, max_portable_error=0.0),
         )  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["peft"]
 

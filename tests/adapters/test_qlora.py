@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import exporting
 import peft
 import pytest
 import torch
@@ -13,16 +14,14 @@ from small import make_model, make_rows
 from toy import write_base, write_recipe
 from transformers import AutoModelForCausalLM
 
-from lora_cli import adapters, pipeline
+from lora_cli import adapters, pipeline, without_training
 from lora_cli.adapters import _peft
 from lora_cli.adapters.lora import Lora
 from lora_cli.errors import GateError, InputError
-from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
 from lora_cli.models.nf4 import Quantization, quantized_layers
 from lora_cli.recipe import schema
 from lora_cli.recipe.load import load_recipe
-from lora_cli.stages import export
 
 QLORA = {"method": "qlora", "rank": 4, "alpha": 8}
 
@@ -90,10 +89,12 @@ def test_a_whole_run(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
     assert figures["dequantized"]["kl"] <= 1e-6 < figures["full"]["kl"]
     assert figures["dequantized"]["loss"] == pytest.approx(figures["live"]["loss"], rel=1e-5)
 
-    scores = pipeline.evaluate(run, recipe)
+    scores = without_training.evaluate(run, recipe)
     assert scores["tuned"]["loss"] == pytest.approx(summary["eval"]["tuned"]["loss"], rel=1e-6)
     assert scores["base"]["loss"] == pytest.approx(summary["eval"]["base"]["loss"], rel=1e-6)
-    plain = pipeline.evaluate(run, load_recipe(tmp_path / "job" / "recipe.yaml", ["adapter.method=lora"]))
+    plain = without_training.evaluate(
+        run, load_recipe(tmp_path / "job" / "recipe.yaml", ["adapter.method=lora"])
+    )
     assert plain["base"]["loss"] != pytest.approx(scores["base"]["loss"], rel=1e-6)
 
     for number in (8, 10):
@@ -111,7 +112,7 @@ def test_a_whole_run(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
     assert float((logits(ours) - theirs).abs().max()) <= 1e-5
 
     full = load_recipe(tmp_path / "job" / "recipe.yaml", ["export.merge_base=full"])
-    result = pipeline.merge(run, tmp_path / "full", full)
+    result = without_training.merge(run, tmp_path / "full", full)
     assert result["merge_base"]["chosen"] == "full"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=torch.float32).eval()
     assert float((logits(merged) - theirs).abs().max()) <= 1e-5
@@ -136,11 +137,8 @@ def test_the_dequantized_merge_is_the_live_model(
     live, names = logits(model), list(quantized_layers(model))
 
     def write(target: Path, rows: int = 3, **settings: Any) -> dict[str, Any]:
-        return export.run(
-            {"merged": target}, AdaptedModel(model, method.layers), method, base=folder, base_name="base",
-            revision=None, stop_ids=[2], card="# card\n", facts={}, settings=schema.Export(**settings),
-            sample=make_rows(rows), log=lambda line: None,
-        )  # fmt: skip
+        targets, chosen = {"merged": target}, schema.Export(**settings)
+        return exporting.write(targets, model, method, folder, chosen, sample=make_rows(rows))
 
     figures = write(tmp_path / "merged")["merge_base"]
     assert figures["chosen"] == "dequantized"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import exporting
 import peft
 import pytest
 import torch
@@ -22,9 +23,7 @@ from lora_cli.adapters.lora import Lora
 from lora_cli.adapters.relora import Relora, ReloraLinear, prune
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
-from lora_cli.recipe import schema
 from lora_cli.runtime.optim import MasterAdamW
-from lora_cli.stages import export
 from lora_cli.types import Progress
 
 BASES = {"linear": (nn.Linear, 24, 16, False), "bias": (nn.Linear, 16, 24), "conv1d": (Conv1D, 16, 24)}
@@ -244,11 +243,7 @@ def write(
 ) -> tuple[dict[str, float], str]:
     """Export and return the measured differences and what was logged."""
     lines: list[str] = []
-    differences = export.run(
-        targets, AdaptedModel(model, method.layers), method, base=base, base_name="base", revision=None,
-        stop_ids=[2], card="# card\n", facts={}, settings=schema.Export(), log=lines.append,
-    )  # fmt: skip
-    return differences, "\n".join(lines)
+    return exporting.write(targets, model, method, base, log=lines.append), "\n".join(lines)
 
 
 def test_both_exports_hold_every_restart(tmp_path: Path, base: Path, architecture: str) -> None:

@@ -13,7 +13,7 @@ from lora_variants import difference
 from toy import rows, write_base, write_recipe, write_rows, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import pipeline
+from lora_cli import pipeline, without_training
 from lora_cli.adapters import _peft
 from lora_cli.data.render import Renderer
 from lora_cli.errors import InputError
@@ -59,10 +59,10 @@ def test_a_run_trains_its_tokens_in_every_format(
     run = tmp_path / "run"
     scores = summary["eval"]["tuned"]
     merge_limit = 1e-5 if quantize == "none" else 1e9
-    assert pipeline.merge(run, tmp_path / "again", recipe)["max_logit_difference"] <= merge_limit
+    assert without_training.merge(run, tmp_path / "again", recipe)["max_logit_difference"] <= merge_limit
     for target in (run, run / "adapter", run / "merged", tmp_path / "again"):
         if quantize == "none" or target in (run, run / "adapter"):
-            assert pipeline.evaluate(target, recipe)["tuned"]["loss"] == pytest.approx(
+            assert without_training.evaluate(target, recipe)["tuned"]["loss"] == pytest.approx(
                 scores["loss"], rel=1e-5
             )
     original = AutoModelForCausalLM.from_pretrained(base)

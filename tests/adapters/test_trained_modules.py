@@ -12,7 +12,7 @@ from small import make_model
 from toy import write_base, write_recipe
 from transformers import AutoModelForCausalLM
 
-from lora_cli import adapters, pipeline
+from lora_cli import adapters, pipeline, without_training
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import LoraAdapter
 
@@ -66,11 +66,13 @@ def test_a_run_leaves_its_modules_in_every_format(
     )
     summary = pipeline.train(recipe)
     run = tmp_path / "run"
-    assert pipeline.merge(run / "adapter", tmp_path / "merged", recipe)["max_logit_difference"] <= 1e-5
+    assert (
+        without_training.merge(run / "adapter", tmp_path / "merged", recipe)["max_logit_difference"] <= 1e-5
+    )
     for target in (run / "adapter", run / "merged", tmp_path / "merged"):
-        loss = pipeline.evaluate(target, recipe)["tuned"]["loss"]
+        loss = without_training.evaluate(target, recipe)["tuned"]["loss"]
         assert loss == pytest.approx(summary["eval"]["tuned"]["loss"], rel=1e-5)
-    assert pipeline.evaluate(run, recipe)["base"]["loss"] == pytest.approx(
+    assert without_training.evaluate(run, recipe)["base"]["loss"] == pytest.approx(
         summary["eval"]["base"]["loss"], rel=1e-6
     )
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter")

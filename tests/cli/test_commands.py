@@ -10,7 +10,7 @@ import pytest
 from command_line import run_here, run_process
 from model_folders import write_model
 
-from lora_cli import __version__, pipeline, preflight
+from lora_cli import __version__, pipeline, preflight, without_training
 from lora_cli.errors import DivergedError, GateError, InputError, ResourceError, Stopped
 from lora_cli.interrupts import Interrupted
 from lora_cli.recipe.gates import Gate
@@ -84,7 +84,7 @@ def test_the_scores_of_eval_are_json_on_stdout_even_when_a_gate_misses(
         print("a line of the log")
         return {"base": {"loss": 3.0}, "tuned": {"loss": 1.5}}
 
-    monkeypatch.setattr(pipeline, "evaluate", score)
+    monkeypatch.setattr(without_training, "evaluate", score)
     arguments = ["adapter", "model.base=./base", "data.eval=rows.jsonl", "--json", "--max", "loss=1"]
     result = run_here(capsys, "eval", *arguments)
     assert result.code == 5
@@ -101,7 +101,7 @@ def test_eval_of_a_run_reads_the_recipe_of_the_run(
     """RUN/recipe.yaml with overrides is what is scored."""
     seen = {}
     monkeypatch.setattr(
-        pipeline,
+        without_training,
         "evaluate",
         lambda target, recipe: seen.update({target: recipe}) or {"base": {}, "tuned": {}},
     )
@@ -119,7 +119,9 @@ def test_merge_hands_over_folder_and_type(
     """--output, --dtype and --adapter arrive; without --dtype it is None, the recipe's, without --adapter a model."""
     calls = []
     monkeypatch.setattr(
-        pipeline, "merge", lambda target, output, recipe, **how: calls.append((target, output, *how.values()))
+        without_training,
+        "merge",
+        lambda target, output, recipe, **how: calls.append((target, output, *how.values())),
     )
     assert (
         run_here(capsys, "merge", "adapter", "--output", "m", "model.base=./base", "--dtype", "float32").code

@@ -21,7 +21,7 @@ from lora_variants import stir
 from toy import lora, write_base, write_recipe
 from transformers import AutoModelForCausalLM
 
-from lora_cli import adapters, pipeline
+from lora_cli import adapters, pipeline, without_training
 from lora_cli.cli import inspect_table
 from lora_cli.recipe.load import load_recipe
 from lora_cli.stages import _inspection
@@ -229,7 +229,9 @@ def test_a_bad_target_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The line says what is wrong, before a model is loaded."""
-    monkeypatch.setattr(pipeline, "inspect", lambda *arguments: pytest.fail("a bad target was let through"))
+    monkeypatch.setattr(
+        without_training, "inspect", lambda *arguments: pytest.fail("a bad target was let through")
+    )
     change, arguments, expected = REFUSED[name]
     shutil.copytree(run, tmp_path / "run")
     change(tmp_path / "run")

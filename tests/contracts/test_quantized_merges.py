@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import exporting
 import pytest
 import torch
 from small import make_model, make_rows
@@ -14,11 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli import adapters
 from lora_cli.adapters import Method
-from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
 from lora_cli.models.nf4 import Quantization, quantized_layers
 from lora_cli.recipe import schema
-from lora_cli.stages import export
 
 CPU = torch.device("cpu")
 BESIDES = schema.LoraAdapter(
@@ -64,11 +63,14 @@ def test_a_merge_is_the_adapter_on_that_base(tmp_path: Path, folders: dict[str, 
     live, packed = logits(model), list(quantized_layers(model))
 
     def write(form: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-        measured = export.run(
-            {"merged": tmp_path / form}, AdaptedModel(model, method.placed()), method, base=folder,
-            base_name="base", revision=None, stop_ids=[2], card="# card\n", facts={}, sample=make_rows(3),
-            settings=schema.Export(merge_base=form), log=lambda line: None,
-        )  # fmt: skip
+        measured = exporting.write(
+            {"merged": tmp_path / form},
+            model,
+            method,
+            folder,
+            schema.Export(merge_base=form),
+            sample=make_rows(3),
+        )
         return AutoModelForCausalLM.from_pretrained(tmp_path / form, dtype=torch.float32).eval(), measured
 
     dequantized, measured = write("dequantized")

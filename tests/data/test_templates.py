@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from lora_cli.data.render import BREAK, Rendered, Renderer, settle_special_token
 from lora_cli.data.sandbox import DATE
 from lora_cli.data.tokens import Encoder
 from lora_cli.errors import InputError
-from lora_cli.stages import export
+from lora_cli.stages._companions import Companions
 from lora_cli.types import Conversation, Message
 
 TOKENIZERS = {name: tokenizer_of(name) for name in SHAPES}
@@ -170,6 +172,11 @@ class Exported(dict[str, Any]):
         return "exported"
 
 
+def beside(base: Path, stops: Sequence[int], template: str | None = None) -> Companions:
+    """Return what an export writes beside the weights."""
+    return Companions(base, "base", None, stops, "card", chat_template=template)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Write and read every exported folder."""
@@ -179,7 +186,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         base_tokenizer(SHAPES[name]).save_pretrained(base)
         folder.mkdir()
         stops = settle_special_tokens(tokenizer, "model")[1]
-        export._add_companions(folder, base, None, tokenizer.chat_template, stops, "card")
+        beside(base, stops, tokenizer.chat_template).write(folder)
         found[name] = AutoTokenizer.from_pretrained(folder)
     return found
 
@@ -268,7 +275,7 @@ def test_complaint_3_each_answers_terminator_is_trained_and_stops_generation(nam
     base = tmp_path / "base"
     tokenizer.save_pretrained(base)
     (tmp_path / "adapter").mkdir()
-    export._add_companions(tmp_path / "adapter", base, None, None, stops, "card")
+    beside(base, stops).write(tmp_path / "adapter")
     written = json.loads((tmp_path / "adapter" / "generation_config.json").read_text())["eos_token_id"]
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
     calling = [
@@ -324,7 +331,7 @@ def test_complaint_22_without_a_change_the_tokenizers_files_are_the_bases(tmp_pa
     base, folder = tmp_path / "base", tmp_path / "adapter"
     tokenizer.save_pretrained(base)
     folder.mkdir()
-    export._add_companions(folder, base, None, None, (1,), "card")
+    beside(base, (1,)).write(folder)
     names = [path.relative_to(base) for path in base.rglob("*") if path.is_file()]
     assert len(names) == 4
     assert all((folder / one).read_bytes() == (base / one).read_bytes() for one in names)

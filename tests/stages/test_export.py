@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import exporting
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lora_cli.adapters import Method
 from lora_cli.adapters.lora import Lora
 from lora_cli.errors import LoraError
-from lora_cli.models.adapted import AdaptedModel
 from lora_cli.recipe import schema
 from lora_cli.stages import export
 
@@ -41,19 +41,8 @@ def write(
     model: PreTrainedModel, method: Method, base: Path, target: Path, form: str = "merged", shard: int = 10**9
 ):
     """Export one format and return the measured difference."""
-    return export.run(
-        {form: target},
-        AdaptedModel(model, method.layers),
-        method,
-        base=base,
-        base_name="base",
-        revision=None,
-        stop_ids=[2],
-        card="# card\n",
-        facts={},
-        settings=schema.Export.model_construct(max_shard_bytes=shard),
-        log=lambda line: None,
-    )[form]
+    settings = schema.Export.model_construct(max_shard_bytes=shard)
+    return exporting.write({form: target}, model, method, base, settings)[form]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,170 @@
+"""The pipeline with stages left out: what is done with a recipe, a run, an adapter or a model without training.
+
+prepare -> inject ----------> evaluate                  `evaluate`
+           inject ----------------------> export        `merge`
+prepare -> describe                                     `describe_data`
+           inject -> what was learned                   `inspect`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lora_cli import objectives
+from lora_cli.adapters import Method
+from lora_cli.data.chosen_tokens import require_used
+from lora_cli.data.render import settle_special_tokens
+from lora_cli.data.templates import with_template
+from lora_cli.errors import InputError
+from lora_cli.models.adapted import AdaptedModel
+from lora_cli.models.load import DTYPES, base_fingerprint, fastest_attention, load_model, tokenizer_folder
+from lora_cli.models.safety import check_model_folder
+from lora_cli.recipe.gates import Gate, check_gates
+from lora_cli.recipe.schema import Recipe
+from lora_cli.runtime.checkpoint import require_best
+from lora_cli.runtime.dist import Runtime
+from lora_cli.runtime.fingerprints import versions
+from lora_cli.runtime.log import Log
+from lora_cli.runtime.order import planned_steps
+from lora_cli.runtime.run_folder import RunFolder
+from lora_cli.runtime.session import started
+from lora_cli.stages import _opened as opened
+from lora_cli.stages import _space, describe, export, inject, prepare
+from lora_cli.stages import evaluate as evaluate_stage
+from lora_cli.stages import inspect as inspect_stage
+from lora_cli.stages._companions import Companions, card_of, name_of_base
+from lora_cli.types import Conversation, Example, Labelled, Pair, Prepared, Text
+
+
+def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[str, Any]:
+    """Score a run folder, a PEFT folder on `model.base`, or a plain model; return `{base: ..., tuned: ...}`."""
+    if not recipe.data.holds_out():
+        raise InputError("data.eval: no held-out rows to score on (give data.eval=FILE)")
+    with started(recipe.run) as (rt, log):
+        adapter, base = opened.locate(target, recipe, log.line)
+        log.line(f"evaluating {adapter or base}" + (f" on {recipe.model.base}" if adapter else ""))
+        tokenizer, _ = opened.tokenizer_of(adapter, base)
+        prepared = _held_out(recipe, tokenizer, adapter, rt, log)
+        objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
+        generated = evaluate_stage.plan(recipe.evaluate, prepared)
+        attention = fastest_attention(rt.device, recipe.data.max_length)
+        model, method = opened.model(recipe, adapter, base, rt.device, attention=attention)
+        inject.check_rows_fit(model, prepared, max_generated=generated)
+        packs = inject.settle_packing(model, recipe.data.packing, log.line)
+        adapted = AdaptedModel(model, method.placed() if method else {}, packs=packs)
+        scores = evaluate_stage.run(
+            recipe.evaluate, adapted, objective, prepared, rt=rt, log=log, with_base=adapter is not None
+        )
+        check_gates(gates, scores.tuned)
+        return {"base": scores.base, "tuned": scores.tuned}
+
+
+def describe_data(recipe: Recipe, *, show: int = 0, rows: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what training would be fed: counts, lengths, findings, and rows token by token; no weights are read.
+
+    `show` training rows are shown, and those that `rows` names as `file:line`.
+    """
+    with started(recipe.run) as (rt, log):
+        block = recipe.model
+        folder, config = tokenizer_folder(block.base, block.revision, runs_code=block.trust_remote_code)
+        recipe, _ = opened.settle_start(recipe, None)
+        tokenizer, named = opened.tokenizer_for(recipe, folder), opened.named_tokens(recipe)
+        every = (Conversation, Text, Pair, Labelled)
+        prepared = prepare.run(
+            recipe.data, recipe.objective.train_on, tokenizer, rt, log.line, consumes=every, spelled=named
+        )
+        assert prepared.train is not None
+        steps = planned_steps(recipe.train, len(prepared.train))
+        refusals: list[str] = []
+        for check in (lambda: require_used(prepared, named), lambda: require_best(recipe.train, steps)):
+            try:
+                check()
+            except InputError as error:
+                refusals += error.lines
+        objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
+        return describe.run(
+            recipe, prepared, config, consumes=objective.consumes, device=rt.device.type, refusals=refusals,
+            show=show, rows=rows,
+        )  # fmt: skip
+
+
+def merge(
+    target: Path, output: Path, recipe: Recipe, dtype: str | None = None, form: str = "merged"
+) -> dict[str, Any]:
+    """Write the base with the adapter of `target` in its weights to `output`; return the folder and the difference.
+
+    With the form `portable` the adapter alone is written, as a plain LoRA of one rank.
+    """
+    output = output.expanduser()
+    with started(recipe.run) as (rt, log):
+        adapter, base = opened.locate(target, recipe, log.line)
+        if adapter is None:
+            raise InputError(f"{target}: has no adapter to merge (it is a plain model already)")
+        if output.exists():
+            raise InputError(f"{output}: exists already (choose another folder or remove it)")
+        log.line(f"merging {adapter} into {recipe.model.base}")
+        own, has_new = opened.tokenizer_of(adapter, base)
+        sample = _held_out_sample(recipe, own, adapter, rt, log) if form == "merged" else []
+        model, method = opened.model(recipe, adapter, base, rt.device, dtype=dtype)
+        assert method is not None
+        tokenizer = with_template(own, recipe.data.template, adapter)
+        _, stop_ids = settle_special_tokens(tokenizer, recipe.data.template)
+        adapted = AdaptedModel(model, method.placed())
+        _space.require_for_export(form, recipe.export, output, base, adapted, method)
+        merge_with = f"lora-merge {target} --output DIR"
+        if not RunFolder(target).is_run():
+            merge_with += f" model.base={recipe.model.base}"
+        beside = Companions(
+            base=base, base_name=name_of_base(recipe, base), revision=recipe.model.revision, stop_ids=stop_ids,
+            card=card_of(adapter, form), facts={"model.base": base_fingerprint(base), "versions": versions()},
+            tokenizer=own if has_new else None, chat_template=opened.chat_template(own, tokenizer),
+        )  # fmt: skip
+        differences = export.run(
+            {form: output}, adapted, method, beside,
+            settings=recipe.export, sample=sample, merge_with=merge_with, log=log.line,
+        )  # fmt: skip
+        return {"output": str(output), "max_logit_difference": differences.pop(form), **differences}
+
+
+def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return where the adaptation of a run, a PEFT folder or a model went, and whether its ranks fit."""
+    with started(recipe.run) as (rt, log):
+        adapter, folder = opened.locate(target, recipe, log.line)
+        base = folder if adapter is not None else opened.base(recipe, log.line)
+        settings = recipe.adapter if RunFolder(target).is_run() else None
+        source: Method | PreTrainedModel
+        if adapter is not None:
+            model, method = opened.model(recipe, adapter, base, rt.device)
+            assert method is not None
+            source = method
+        else:
+            # Both as the model's files have it: a base in float32 was rounded as well before a bfloat16 run.
+            runs_code = recipe.model.trust_remote_code
+            header = check_model_folder(folder, runs_code=runs_code)
+            dtype = DTYPES["bfloat16" if header.dtypes == ("BF16",) else "float32"]
+            model, source = (load_model(one, dtype=dtype, device=rt.device) for one in (base, folder))
+        log.line(f"inspecting {adapter or folder} on {recipe.model.base}")
+        found = inspect_stage.run(source, model, settings)
+        return {"target": str(target), "base": recipe.model.base, "quantize": recipe.quantization(), **found}
+
+
+def _held_out_sample(recipe: Recipe, tokenizer: Any, adapter: Path, rt: Runtime, log: Log) -> list[Example]:
+    """Return held-out rows for a merge that is measured; none where they are not wanted or no longer there."""
+    if recipe.quantization() == "none" or not recipe.data.holds_out():
+        return []
+    try:
+        return _held_out(recipe, tokenizer, adapter, rt, log).sample()
+    except InputError as error:
+        log.line(f"merge: the held-out rows cannot be read: {error.lines[0]}")
+        return []
+
+
+def _held_out(recipe: Recipe, tokenizer: Any, adapter: Path | None, rt: Runtime, log: Log) -> Prepared:
+    on, spelled = recipe.objective.train_on, opened.named_tokens(recipe)
+    return prepare.run(
+        recipe.data, on, tokenizer, rt, log.line, need_train=False, spelled=spelled, adapter=adapter
+    )
