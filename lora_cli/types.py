@@ -59,6 +59,8 @@ class Pair:
     chosen: Conversation
     rejected: Conversation
     where: str
+    margin: float | None = None
+    """By how much the first is preferred, where the row says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,43 @@ class Example:
     input_ids: npt.NDArray[np.int32]  # (T,)
     trained: npt.NDArray[np.bool_]  # (T,)
 
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PairExample:
+    """Two tokenized answers to one prompt, of which the first is preferred."""
+
+    chosen: Example
+    rejected: Example
+    margin: float
+    """By how much; NaN where the row does not say."""
+
+    @property
+    def tokens(self) -> int:
+        """How many both have, the prompt counted twice."""
+        return self.chosen.tokens + self.rejected.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledExample:
+    """A tokenized answer, and whether it is wanted."""
+
+    example: Example
+    wanted: bool
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.example.tokens
+
+
+Item = Example | PairExample | LabelledExample
+"""What an objective learns from."""
+
 
 class Examples(Protocol):
     """A tokenized data set, read by index; `lengths` is in tokens, `fingerprint` names its content."""
@@ -91,7 +130,7 @@ class Examples(Protocol):
     """Largest token id in it."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Item: ...
     def where(self, index: int) -> str:
         """Return `file:line` of a row (`name: row n`, where there are no lines)."""
 

@@ -10,6 +10,7 @@ uses one; a damaged cache is written again.
     offsets.npy    int64 (R + 1,), where each row begins
     lines.npy      int64 (R,), the line (row) of each, counted from the beginning of what was read
     identities.npy uint64 (R,), a hash of what each row says, equal for equal rows
+    values.npy     float32 (R,), what a row says of its answers: 1 or 0 if it is wanted or not, a pair's margin, else NaN
     manifest.json  counts, and size and sha256 of each file
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from array import array
 from collections.abc import Mapping
@@ -34,7 +36,7 @@ from lora_cli.paths import expanded
 from lora_cli.publish import Staging, sweep
 from lora_cli.types import Example
 
-CACHE_FORMAT = 7
+CACHE_FORMAT = 8
 _WRITTEN_TOGETHER = 512
 """Rows: written one by one they would take a third of the time that Python needs for a row."""
 
@@ -70,6 +72,7 @@ class TokenCache:
             self._offsets = np.load(folder / "offsets.npy", allow_pickle=False)
             self.lines: npt.NDArray[np.int64] = np.load(folder / "lines.npy", allow_pickle=False)
             self.identities: npt.NDArray[np.uint64] = np.load(folder / "identities.npy", allow_pickle=False)
+            self.values: npt.NDArray[np.float32] = np.load(folder / "values.npy", allow_pickle=False)
             self._tokens, self._trained = (
                 # A part of a file may hold no row that was kept, and an empty file cannot be mapped.
                 np.memmap(folder / name, dtype=kind, mode="r") if len(self.lines) else np.empty(0, kind)
@@ -105,8 +108,9 @@ class CacheWriter:
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
         self._name = name
-        # 24 bytes a row; lists of numbers would take 120.
+        # 28 bytes a row; lists of numbers would take 150.
         self._lengths, self._lines, self._identities = array("q"), array("q"), array("Q")
+        self._values = array("f")
         self._max_token = 0
         self._rows: list[Example] = []
 
@@ -124,12 +128,13 @@ class CacheWriter:
             raise _write_fault(self._folder, error) from error
         return self
 
-    def add(self, example: Example, line: int, identity: int) -> None:
-        """Append one row; `identity` is equal for equal rows."""
+    def add(self, example: Example, line: int, identity: int, value: float = math.nan) -> None:
+        """Append one row; `identity` is equal for equal rows, `value` what the row says of its answers."""
         self._rows.append(example)
         self._lengths.append(len(example.input_ids))
         self._lines.append(line)
         self._identities.append(identity)
+        self._values.append(value)
         if len(self._rows) == _WRITTEN_TOGETHER:
             self._write()
 
@@ -158,6 +163,8 @@ class CacheWriter:
             np.save(self._staging.path / "lines.npy", lines, allow_pickle=False)
             identities = np.array(self._identities, dtype=np.uint64)
             np.save(self._staging.path / "identities.npy", identities, allow_pickle=False)
+            values = np.array(self._values, dtype=np.float32)
+            np.save(self._staging.path / "values.npy", values, allow_pickle=False)
             facts = {"fingerprint": self._name, "rows": len(self._lines), "max_token": self._max_token}
             self._staging.publish({**extra, **facts})
         except OSError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from lora_cli.data.columns import column, text_of
+from lora_cli.data.columns import column, quoted, text_of
 from lora_cli.data.messages import check_order, functions, message, transcript, turns
 from lora_cli.data.read import RawRow
 from lora_cli.errors import InputError
@@ -101,4 +102,22 @@ def pair(row: RawRow, chosen: tuple[Message, ...], rejected: tuple[Message, ...]
     found = [
         conversation(whole, name, row, shared) for name, whole in (("chosen", chosen), ("rejected", rejected))
     ]
-    return Pair(found[0], found[1], row.where)
+    return Pair(found[0], found[1], row.where, _margin(row))
+
+
+def _margin(row: RawRow) -> float | None:
+    """Return by how much the chosen answer is preferred; None where the row does not say.
+
+    Raises:
+        InputError: what it says is no number.
+    """
+    for names in (("margin",), ("score_chosen", "score_rejected")):
+        given = [row.values.get(name) for name in names]
+        if any(one is None for one in given):
+            continue
+        for name, one in zip(names, given, strict=True):
+            if isinstance(one, bool) or not isinstance(one, int | float) or not math.isfinite(one):
+                raise InputError(f"{row.where}: {name} is {quoted(one)} (write a number, or leave it out)")
+        first, *second = (float(one) for one in given if one is not None)
+        return first - second[0] if second else first
+    return None

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_cli.data.cache import TokenCache
-from lora_cli.types import Example
+from lora_cli.types import Example, LabelledExample, PairExample
 
 Indices = npt.NDArray[np.int64]
 
@@ -79,6 +79,59 @@ class Dataset:
         row = int(self.rows[index])
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self.parts[part], row - int(self._starts[part])
+
+
+def whole_pairs(parts: Sequence[CachedPart], rows: Indices) -> Dataset:
+    """Return the data set of these rows, (R,) positions in all parts; each first half of a pair with its second."""
+    starts = np.cumsum([0, *(len(part.cache) for part in parts)])
+    paired = np.array([part.pairs for part in parts])[np.searchsorted(starts, rows, side="right") - 1]
+    counts = np.where(paired, 2, 1)
+    both = np.repeat(rows, counts)
+    both[np.cumsum(counts)[paired] - 1] += 1
+    return Dataset(parts, both)
+
+
+class Pairs:
+    """The pairs of a data set whose rows 2k and 2k + 1 are the answers of pair k; satisfies `types.Examples`."""
+
+    def __init__(self, answers: Dataset) -> None:
+        self.answers = answers
+        self.lengths: npt.NDArray[np.int64] = answers.lengths.reshape(-1, 2).sum(axis=1)
+        self.max_token, self.fingerprint = answers.max_token, answers.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> PairExample:
+        """Return pair `index`; its arrays are views into the mapped file, read-only."""
+        part, row = self.answers.find(2 * index)
+        return PairExample(part.cache[row], part.cache[row + 1], float(part.cache.values[row]))
+
+    def where(self, index: int) -> str:
+        """Return `file:line` of pair `index`."""
+        return self.answers.where(2 * index)
+
+
+class LabelledAnswers:
+    """The rows of a data set, each with whether its answer is wanted; satisfies `types.Examples`."""
+
+    def __init__(self, answers: Dataset) -> None:
+        self.answers = answers
+        self.lengths, self.max_token, self.fingerprint = (
+            answers.lengths, answers.max_token, answers.fingerprint
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> LabelledExample:
+        """Return row `index`; its arrays are views into the mapped file, read-only."""
+        part, row = self.answers.find(index)
+        return LabelledExample(part.cache[row], bool(part.cache.values[row]))
+
+    def where(self, index: int) -> str:
+        """Return `file:line` of row `index`."""
+        return self.answers.where(index)
 
 
 def hold_out(

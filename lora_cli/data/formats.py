@@ -91,6 +91,7 @@ def preference(row: RawRow) -> Pair:
     """Read `chosen` and `rejected`, with the prompt in `prompt`, or as what both begin with.
 
     Both are texts (answers to `prompt`, or two transcripts in the manner of HH-RLHF), messages, or one message each.
+    How much the first is preferred stands in `margin`, or is `score_chosen` less `score_rejected`, if present.
 
     Raises:
         InputError: if a column is missing, the two do not share a prompt, or are the same.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -172,10 +173,10 @@ class Tokenization:
         firsts: dict[str, int] = {}
         try:
             with CacheWriter(task.folder, task.name) as writer:
-                for raw, row, examples in self._examples(task, faults):
+                for raw, row, value, examples in self._examples(task, faults):
                     line, longest = raw.number - task.part.first_line + 1, tally.longest
                     for example in fit(examples, raw.where, self.data, tally, faults):
-                        writer.add(example, line, row)
+                        writer.add(example, line, row, value)
                     for kind in _NOTED:
                         if kind not in firsts and getattr(tally, kind):
                             firsts[kind] = line
@@ -191,8 +192,8 @@ class Tokenization:
             return Outcome(tally, faults.lines, fault)
         return Outcome(tally, faults.lines)
 
-    def _examples(self, task: Task, faults: Faults) -> Iterator[tuple[RawRow, int, list[Example]]]:
-        """Yield each row with its identity and what it becomes: a pair two examples, all others one."""
+    def _examples(self, task: Task, faults: Faults) -> Iterator[tuple[RawRow, int, float, list[Example]]]:
+        """Yield each row with its identity, its value and what it becomes: a pair two examples, all others one."""
         # What is preferred or wanted is the answer, never the turns before it.
         answers = task.reading.makes in (Pair, Labelled)
         train_on = "completion" if answers else self.train_on
@@ -226,7 +227,7 @@ class Tokenization:
 
 def _whole_rows(
     chunk: _Chunk, rows: list[int], encoded: Future[list[Example]]
-) -> Iterator[tuple[RawRow, int, list[Example]]]:
+) -> Iterator[tuple[RawRow, int, float, list[Example]]]:
     """Yield each row of a chunk of which everything was rendered; `rows[i]` is whose the i-th encoded text is."""
     found: dict[int, list[Example]] = {}
     for index, example in zip(rows, encoded.result(), strict=True):
@@ -234,7 +235,14 @@ def _whole_rows(
     for index, (raw, row) in enumerate(chunk):
         examples = found.get(index, [])
         if len(examples) == len(_conversations(row)):
-            yield raw, identity(row), examples
+            yield raw, identity(row), _value(row), examples
+
+
+def _value(row: Row) -> float:
+    """Return what a row says of its answers: 1 or 0 if it is wanted or not, a pair's margin; NaN for nothing."""
+    if isinstance(row, Labelled):
+        return float(row.wanted)
+    return math.nan if not isinstance(row, Pair) or row.margin is None else row.margin
 
 
 def _without_place(lines: Sequence[str], task: Task) -> list[tuple[int, str]]:

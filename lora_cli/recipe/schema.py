@@ -52,19 +52,6 @@ class Model(Section):
     the base is not quantized."""
 
 
-class SftObjective(Section):
-    """Supervised fine-tuning: cross-entropy of the trained tokens."""
-
-    name: Literal["sft"] = "sft"
-    """Which loss is minimised."""
-    train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
-    """Which tokens are trained. assistant: every assistant turn and its terminator. last_assistant: the last one alone.
-    completion: those after the prompt, for rows that say what their prompt is. all: every token of the row."""
-
-
-Objective = SftObjective
-
-
 class Train(Section):
     """The training loop."""
 

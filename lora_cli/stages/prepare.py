@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from lora_cli.data.cache import TokenCache, cache_root
-from lora_cli.data.dataset import CachedPart, Dataset, hold_out, mix, overlap
+from lora_cli.data.dataset import CachedPart, Dataset, LabelledAnswers, Pairs, hold_out, mix, overlap, whole_pairs
 from lora_cli.data.faults import Faults
 from lora_cli.data.formats import choose_format
 from lora_cli.data.head import HEAD_ROWS, Origin, origins
@@ -30,9 +30,12 @@ from lora_cli.errors import InputError
 from lora_cli.publish import remove
 from lora_cli.recipe.schema import Data
 from lora_cli.stages._origin_rows import Job, line, nothing_left, report, too_many
-from lora_cli.types import Conversation, Prepared, Text
+from lora_cli.types import Conversation, Examples, Labelled, Pair, Prepared, Text
 
 Split = Literal["train", "eval"]
+
+_VIEWS: dict[tuple[type, ...], Callable[[Dataset], Examples]] = {(Pair,): Pairs, (Labelled,): LabelledAnswers}
+"""What an objective gets that learns from one kind of rows only; the others get each row as it is."""
 
 
 class Processes(Protocol):
@@ -82,9 +85,10 @@ def run(
 
     rt.in_main(build)
     splits = _select(data, jobs)
+    view = _VIEWS.get(consumes, lambda answers: answers)
     return Prepared(
-        train=splits.get("train"),
-        eval=splits.get("eval"),
+        train=view(splits["train"]) if "train" in splits else None,
+        eval=view(splits["eval"]) if "eval" in splits else None,
         tokenizer=tokenizer,
         pad_id=pad_id,
         stop_ids=stop_ids,
@@ -207,11 +211,12 @@ def _select(data: Data, jobs: list[Job]) -> dict[str, Dataset]:
         job.open()
         split = "eval" if job.origin.key == "data.eval" else "train"
         before = sum(len(part.cache) for part in parts[split])
-        rows[split].append(before + job.rows())
+        # A pair is chosen as one row, its first; the second joins it at the end.
+        rows[split].append(before + job.rows()[:: 2 if job.reading.makes is Pair else 1])
         parts[split] += job.parts
     splits: dict[str, Dataset] = {}
     if rows["eval"]:
-        splits["eval"] = Dataset(parts["eval"], np.concatenate(rows["eval"]))
+        splits["eval"] = whole_pairs(parts["eval"], np.concatenate(rows["eval"]))
     if not rows["train"]:
         return splits
     everything = Dataset(parts["train"], np.concatenate(rows["train"]))
@@ -219,7 +224,9 @@ def _select(data: Data, jobs: list[Job]) -> dict[str, Dataset]:
     if data.eval_fraction is not None or data.eval_rows is not None:
         held = np.zeros(everything.rows.max() + 1, dtype=np.bool_)
         held[everything.rows] = hold_out(everything.identities, data.eval_fraction, data.eval_rows)
-        splits["eval"] = Dataset(parts["train"], everything.rows[held[everything.rows]][: data.max_eval_rows])
+        splits["eval"] = whole_pairs(
+            parts["train"], everything.rows[held[everything.rows]][: data.max_eval_rows]
+        )
         chosen = [one[~held[one]] for one in chosen]
         if not len(splits["eval"]) or not all(map(len, chosen)):
             raise InputError(
@@ -228,7 +235,7 @@ def _select(data: Data, jobs: list[Job]) -> dict[str, Dataset]:
             )
     weights = [job.origin.weight for job in jobs if job.origin.key != "data.eval"]
     given = [weight for weight in weights if weight is not None]
-    splits["train"] = Dataset(parts["train"], mix(chosen, given) if given else np.concatenate(chosen))
+    splits["train"] = whole_pairs(parts["train"], mix(chosen, given) if given else np.concatenate(chosen))
     return splits
 
 
