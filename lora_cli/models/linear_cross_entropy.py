@@ -8,18 +8,18 @@
 All logits of N = 4,096 tokens over V = 128,256 words take 1 GB in bfloat16, twice that in the float32 of the softmax,
 and as much again for their gradient; a chunk takes some MB and stays near the processor.
 
-A frozen head: the loss of a token has one gradient with respect to its hidden state, up to the factor that comes in
-from above. It is formed in the forward pass, while the chunk's logits are there, and kept as (N, H): two products
-with the head in all, as many as with all logits kept. A head that trains, or is more than a linear layer (an adapter
-on it, dropout, rows of new tokens): the backward pass makes each chunk's logits again, for the head's gradients need
-that factor, and adds up the gradients of its parameters in float32.
+The loss of a token has one gradient with respect to its hidden state, up to the factor that comes in from above. It is
+formed in the forward pass, while the chunk's logits are there, and kept as (N, H): two products with a frozen head in
+all, as many as with all logits kept. The gradients of a head that trains are sums over tokens, taken in float32; where
+every token has the same factor, as in a sum of losses, they are formed in the forward pass too. Other factors make
+the backward pass compute each chunk's logits again.
 
 Nothing is approximated: no logit is left out and no probability filtered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -67,14 +67,14 @@ def token_losses(
     (N, H), (N,) int64 in [0, V) -> (N,) float32, (N,) bool or None. `head` maps (n, H) to logits (n, V), and each row
     for itself. Losses have gradients with respect to the hidden states and to what of the head is trained.
     """
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or trained)):
+        return _forward(hidden.detach(), targets, head, scaling, best, None)
     if is_frozen_linear(head):
-        if not (torch.is_grad_enabled() and hidden.requires_grad):
-            return _forward(hidden.detach(), targets, head, scaling, best, None)
         losses, correct = _FrozenHead.apply(hidden, targets, head, scaling, best)
     else:
-        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         losses, correct = _AnyHead.apply(hidden, targets, head, scaling, best, *trained)
-    return losses, correct if best else None
+    return losses, correct
 
 
 def is_frozen_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
@@ -104,7 +104,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _AnyHead(torch.autograd.Function):
-    """The losses of any head, whose chunks are made again in the backward pass, with the draws of the forward pass."""
+    """The losses of a head that trains, or is more than a linear layer."""
 
     @staticmethod
     def forward(
@@ -118,7 +118,9 @@ class _AnyHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(hidden, targets, *trained)
         ctx.head, ctx.scaling, ctx.draws = head, scaling, _draws(hidden.device)
-        losses, correct = _forward(hidden, targets, head, scaling, best, None)
+        losses, correct, ctx.gradients = _forward_and_backward(
+            hidden, targets, head, scaling, trained, into_hidden=ctx.needs_input_grad[0], best=best
+        )
         if correct is not None:
             ctx.mark_non_differentiable(correct)
         return losses, correct
@@ -127,24 +129,59 @@ class _AnyHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, targets, *trained = ctx.saved_tensors
-        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        sums: list[Tensor | None] = [None] * len(trained)
-        with _drawn_again(hidden.device, ctx.draws):
-            for rows in _chunks(hidden, ctx.head):
-                part = hidden[rows].detach().requires_grad_(slopes is not None)
-                with torch.enable_grad():
-                    z = ctx.head(part)
-                gradient = torch.empty_like(z)
-                _score(z.detach(), targets[rows], ctx.scaling, slopes=gradient, factors=grad[rows])
-                inputs = [*trained, part] if slopes is not None else trained
-                found = list(torch.autograd.grad(z, inputs, gradient, allow_unused=True))
-                if slopes is not None:
-                    slopes[rows] = found.pop()
-                sums = [_add(total, one) for total, one in zip(sums, found, strict=True)]
-        cast = [
-            total if total is None else total.to(one.dtype) for total, one in zip(sums, trained, strict=True)
-        ]
-        return slopes, None, None, None, None, *cast
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None and len(grad) > 0 and grad.stride(0) == 0:
+            # A sum hands one factor down, as one number in memory: no need to look, which would wait for a GPU.
+            gradients = [None if one is None else one.mul_(grad[0]) for one in gradients]
+        else:
+            with _drawn_again(hidden.device, ctx.draws):
+                _, _, gradients = _forward_and_backward(
+                    hidden, targets, ctx.head, ctx.scaling, trained,
+                    into_hidden=ctx.needs_input_grad[0], factors=grad,
+                )  # fmt: skip
+        of_hidden, *sums = (
+            one if one is None else one.to(wanted.dtype)
+            for one, wanted in zip(gradients, [hidden, *trained], strict=True)
+        )
+        return of_hidden, None, None, None, None, *sums
+
+
+def _forward_and_backward(
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    scaling: Scaling,
+    trained: Sequence[nn.Parameter],
+    *,
+    into_hidden: bool,
+    factors: Tensor | None = None,
+    best: bool = False,
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """Return losses, `best`, and the gradients of their sum, each times its one of `factors` (N,).
+
+    First the hidden states', (N, H) in their own type, then those of what is `trained`, float32.
+    """
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    correct = torch.empty_like(losses, dtype=torch.bool) if best else None
+    slopes = torch.empty_like(hidden) if into_hidden else None
+    sums: list[Tensor | None] = [None] * len(trained)
+    for rows in _chunks(hidden, head):
+        part = hidden[rows].detach().requires_grad_(into_hidden)
+        with torch.enable_grad():
+            z = head(part)
+        gradient = torch.empty_like(z)
+        losses[rows], found = _score(
+            z.detach(), targets[rows], scaling,
+            slopes=gradient, factors=None if factors is None else factors[rows], best=best,
+        )  # fmt: skip
+        if correct is not None and found is not None:
+            correct[rows] = found
+        inputs = [part, *trained] if into_hidden else trained
+        gradients = list(torch.autograd.grad(z, inputs, gradient, allow_unused=True))
+        if slopes is not None:
+            slopes[rows] = gradients.pop(0)
+        sums = [_add(total, one) for total, one in zip(sums, gradients, strict=True)]
+    return losses, correct, [slopes, *sums]
 
 
 @torch.no_grad()
