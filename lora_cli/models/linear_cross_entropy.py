@@ -28,14 +28,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-ROWS = {"cpu": 128, "cuda": 2048}
+ROWS = {"cpu": 256, "cuda": 2048}
 """Tokens of a chunk at most: fewer, and a product reads the head's weight more often than it computes with it."""
 TRAINED_ROWS = {"cpu": 512, "cuda": 1024}
 """The same for a head that trains: each chunk adds a gradient as large as the weight."""
 CHUNK_BYTES = 1 << 29
 """What the logits of a chunk may take, in their own type."""
 _FEWEST_ROWS = 64
-_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+_BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 """Float32 logits worked on at once: on a CPU what its cache holds, for the softmax goes over them several times."""
 
 
