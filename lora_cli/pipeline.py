@@ -169,8 +169,9 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         layers = opened.load_adapter(adapter, base, model).placed() if adapter is not None else {}
         inject.check_rows_fit(model, prepared, max_generated=generated)
         packs = inject.settle_packing(model, recipe.data.packing, log.line)
+        head = inject.settle_head(model, packs, log.line)
         scores = evaluate_stage.run(
-            recipe.evaluate, AdaptedModel(model, layers, packs=packs), objective, prepared,
+            recipe.evaluate, AdaptedModel(model, layers, packs=packs, head=head), objective, prepared,
             rt=rt, log=log, with_base=adapter is not None,
         )  # fmt: skip
         check_gates(gates, scores.tuned)

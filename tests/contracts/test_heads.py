@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from small import make_model, make_rows
 from test_adapters import BASES, SETTINGS
 from torch import Tensor, nn
+from toy import write_base, write_recipe
 
-from lora_cli import adapters
+from lora_cli import adapters, pipeline
 from lora_cli.models import linear_cross_entropy
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.linear_cross_entropy import is_frozen_linear
@@ -18,6 +20,7 @@ from lora_cli.models.output_head import OutputHead, find_head
 from lora_cli.models.packing import keep_apart
 from lora_cli.objectives.sft import Sft
 from lora_cli.recipe import schema
+from lora_cli.recipe.load import load_recipe
 from lora_cli.types import Progress
 
 HEADS: dict[str, schema.Section] = {
@@ -142,3 +145,17 @@ def test_evaluation_counts_the_same_tokens(name: str, architecture: str) -> None
             (loss, counts), (other, others) = results
             assert float(other) == pytest.approx(float(loss), rel=1e-6)
             assert others == counts
+
+
+def test_no_command_makes_all_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run trains and scores, and `lora-eval` scores it again, without the model's own logits."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("all logits were made")
+
+    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(AdaptedModel, "trained_logits", refuse)
+    recipe = load_recipe(write_recipe(tmp_path, write_base(tmp_path / "base"), train__max_steps=2))
+    scores = pipeline.train(recipe)["eval"]
+    again = pipeline.evaluate(tmp_path / "run", recipe)
+    assert again["tuned"]["loss"] == pytest.approx(scores["tuned"]["loss"], rel=1e-6)
