@@ -76,7 +76,8 @@ class Train(Section):
     """Sequences per optimizer step, over all processes and micro-batches."""
     micro_batch_tokens: Literal["auto"] | PositiveInt = "auto"
     """Tokens per forward pass, padding counted; a step is split into as many passes as needed, with the same result (up
-    to the draws of a dropout). auto: at most 4096 on a CPU and 16384 on a GPU, less for a large vocabulary."""
+    to the draws of a dropout). auto: 4096 on a CPU and 16384 on a GPU, less for a large vocabulary where a
+    model's code allows its losses only from all logits."""
     learning_rate: Annotated[float, Field(gt=0, le=10.0)] = 2.0e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "polynomial", "inverse_sqrt"] = "cosine"
@@ -155,8 +156,8 @@ class Evaluate(Section):
     max_new_tokens: Literal["auto"] | PositiveInt = "auto"
     """Longest generated answer, in tokens. auto: the longest reference answer, since a longer one cannot match."""
     batch_tokens: Literal["auto"] | PositiveInt = "auto"
-    """Padded tokens per forward pass (prompt and answer). auto: at most 8192 on a CPU and 65536 on a
-    GPU, less for a large vocabulary."""
+    """Padded tokens per forward pass (prompt and answer). auto: 8192 on a CPU and 65536 on a GPU, less
+    for a large vocabulary where a model's code allows its losses only from all logits."""
 
 
 class Run(Section):
