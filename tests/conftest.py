@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # One thread: tests run beside each other's processes on two cores, and sums have one order.
@@ -11,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from forked_commands import ForkServer
 from small import CONFIGS
 from toy import write_base
 
@@ -31,6 +33,13 @@ def architecture(request: pytest.FixtureRequest) -> str:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the toy model's folder, which no test changes."""
     return write_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ForkServer]:
+    """Start commands without importing torch in each; the locale, the time zone and the order of sets are known."""
+    with ForkServer(LC_ALL="C.UTF-8", TZ="UTC", PYTHONHASHSEED="0") as started:
+        yield started
 
 
 @pytest.fixture()

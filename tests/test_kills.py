@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,6 @@ NAMES = list(METHODS)
 CONSOLE = (3, 9)
 """Cases that run the plain command, imports included; the others run in forked processes."""
 COMMAND = [sys.executable, "-c", "import sys; from lora_cli.cli import train_main; sys.exit(train_main())"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    """Start processes without importing torch in each."""
-    with ForkServer() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

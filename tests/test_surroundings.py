@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,6 @@ from toy_methods import write_method
 
 pytestmark = pytest.mark.reliability("surroundings")
 HOUR = 3600.0
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    """Start processes in the surroundings that the tests themselves run in, of UTF-8."""
-    with ForkServer(LC_ALL="C.UTF-8", TZ="UTC", PYTHONHASHSEED="0") as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +48,12 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[Setting]:
+def setting(tmp_path_factory: pytest.TempPathFactory, base: Path, server: ForkServer) -> Setting:
     """Return what the cases share."""
     folder = tmp_path_factory.mktemp("writer")
-    with ForkServer() as server:
-        made = Setting(server, base, folder / "cache", folder / "straight" / "run")
-        server.succeed(folder, "train", made.recipe(folder / "straight"))
-        yield made
+    made = Setting(server, base, folder / "cache", folder / "straight" / "run")
+    server.succeed(folder, "train", made.recipe(folder / "straight"))
+    return made
 
 
 def public_folders(*places: Path) -> list[Path]:
