@@ -170,6 +170,8 @@ class Documents:
 class Batch:
     """One micro-batch: right-padded rows, or with `documents` all of its rows in one sequence, (1, T), unpadded.
 
+    Behind the rows' documents there may be one that fills the sequence up, of which nothing is trained.
+
     `labels[b, t]` is the token at t if it is trained, else IGNORED (not shifted). In a packed sequence the first token
     of a document is IGNORED: nothing before it may predict it.
     """
