@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lora_cli.adapters import Method
 from lora_cli.models.adapted import AdaptedModel
@@ -120,26 +121,27 @@ class MicroBatches:
 
     def _add_up(self, batches: list[Batch], step: int, units: float) -> Passes:
         self.model.model.train()
-        passes = Passes(0.0, None, batches)
+        losses: list[Tensor] = []
         for batch in batches:
             if self.rt.stopping:
-                return passes
-            value = self._pass(batch, step, units)
-            if passes.suspect is None and not math.isfinite(value):
-                passes.suspect = batch
-            passes.loss += value
+                return Passes(0.0, None, batches)
+            losses.append(self._pass(batch, step, units))
         penalty = self.method.penalty()
         if penalty is not None:
             # Every process adds the same term; its gradient must count once in the sum.
             (penalty / self.rt.world_size).backward()
-        return passes
+        # Read once, and last: a GPU would stand still after each pass whose loss is asked for.
+        values = torch.stack(losses).tolist() if losses else []
+        suspects = (batch for batch, value in zip(batches, values, strict=True) if not math.isfinite(value))
+        return Passes(sum(value / units for value in values), next(suspects, None), batches)
 
-    def _pass(self, batch: Batch, step: int, units: float) -> float:
+    def _pass(self, batch: Batch, step: int, units: float) -> Tensor:
+        """Add a micro-batch's gradients, and return its summed loss, 0-d float32 on the device."""
         self._last = batch
         torch.manual_seed(stream_seed(self.seed, "dropout", step, *batch.rows))
         loss, _ = self.objective.loss_sum(self.model, batch)
         (loss / units).backward()
-        return float(loss.detach()) / units
+        return loss.detach()
 
     def _halve(self) -> None:
         assert self._last is not None

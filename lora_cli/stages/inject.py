@@ -94,9 +94,7 @@ def settle_packing(
     Raises:
         InputError: packing is asked for, and the model does not keep packed rows apart.
     """
-    # Each length of a sequence and of a document is a new shape of product, which a CPU first has to prepare and then
-    # keeps: on short rows that costs more time and memory than the padding does.
-    if packing is False or (packing == "auto" and model.device.type == "cpu"):
+    if packing is False:
         return False
     reason = keep_apart(model)
     if reason is None:
