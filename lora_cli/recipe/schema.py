@@ -77,6 +77,10 @@ class Train(Section):
     micro_batch_tokens: Literal["auto"] | PositiveInt = "auto"
     """Tokens per forward pass, padding counted; a step is split into as many passes as needed, with the same result (up
     to the draws of a dropout). auto: at most 4096 on a CPU and 16384 on a GPU, less for a large vocabulary."""
+    activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
+    """What a pass keeps of the decoder layers for its backward pass; a gradient has the same bits either way. keep: all
+    that it needs. recompute: each layer's input, from which it is computed again, in about a third more time. offload:
+    the same, and on a GPU the inputs wait in the CPU's memory. auto: keep what has room, recompute the rest."""
     learning_rate: Annotated[float, Field(gt=0, le=10.0)] = 2.0e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "polynomial", "inverse_sqrt"] = "cosine"

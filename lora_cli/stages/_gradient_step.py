@@ -23,6 +23,7 @@ from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Stopwatch
 from lora_cli.runtime.optim import MasterAdamW
 from lora_cli.stages import _spikes
+from lora_cli.stages._activations import Activations
 from lora_cli.stages._micro_batches import MicroBatches, Passes
 from lora_cli.types import Example, Examples, Progress
 
@@ -65,8 +66,9 @@ class GradientStep:
             keep_masters=method.keep_masters,
             seed=seed,
         )
+        activations = Activations(settings.activations, model, objective, rt.world_size, log)
         self.passes = MicroBatches(
-            model, method, objective, examples, self.optimizer, self.tokens, seed, rt, log
+            model, method, objective, examples, self.optimizer, activations, self.tokens, seed, rt, log
         )
         self._follow_method()
 
@@ -122,7 +124,8 @@ class GradientStep:
         return metrics | ({"skipped": state.skipped} if self.settings.skip_spikes is not None else {})
 
     def try_out(self) -> None:
-        """Make the longest passes to come, so that one that does not fit into memory fails before the first update.
+        """Choose what the passes keep, and make the longest ones to come, so that one that does not fit into memory
+        fails before the first update.
 
         On a CPU, where a pass costs what it costs in training, only if that is little of the run. No weight, count or
         random stream is changed.
@@ -137,6 +140,8 @@ class GradientStep:
             lengths, state.step, self.total, batch_size=batch_size, seed=self.seed
         )
         rows = self._rows_of(longest)
+        if rows:
+            self.passes.settle_activations(rows, Progress(longest, self.total))
         costs = min(2 * self.passes.size.tokens, sum(len(example.input_ids) for _, example in rows))
         to_come = float(lengths.mean()) * batch_size * (self.total - state.step)
         if rows and (self.model.device.type != "cpu" or costs <= _TRIAL_SHARE * to_come):
