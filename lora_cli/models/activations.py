@@ -129,10 +129,11 @@ class Saved:
     def peak(self, count: int, *, offload: bool = False) -> float:
         """Return the bytes that a pass needs at the most where the first `count` layers are recomputed.
 
-        A part's gradients are taken to need as much room as what it kept.
+        The backward pass of a layer is taken to need half as much again as what the layer kept, that of the head as
+        much as it kept.
         """
         largest = float(self.layers.max(initial=0.0))
-        at_once = 2 * largest if count else largest
+        at_once = (2.5 if count else 1.5) * largest
         waiting = 0.0 if offload else float(self.inputs[:count].sum())
         return self.rest + float(self.layers[count:].sum()) + waiting + max(self.rest, at_once)
 

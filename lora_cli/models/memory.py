@@ -90,8 +90,8 @@ def _left(folder: Path, limit: str, usage: str) -> float:
     except OSError:
         return math.inf
     # Pages of files count as used, and are given back where memory is wanted.
-    files = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
-    return math.inf if bound == "max" else int(bound) - int(used) + (int(files[1]) if files else 0)
+    files = [int(size) for size in re.findall(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)]
+    return math.inf if bound == "max" else int(bound) - int(used) + max(files, default=0)
 
 
 def _address_space() -> float:
