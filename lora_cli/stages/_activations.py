@@ -16,8 +16,9 @@ from lora_cli.types import Example, Progress
 
 _SHORT = 128
 """Tokens of the longest row that is counted in place of a long one."""
-_ROOM = 0.9
-"""Part of the free memory that is counted on."""
+_ROOM = {"cpu": 0.6, "cuda": 0.9}
+"""Part of the free memory that is counted on. On a CPU the heap breaks up: a pass of 1 x 2048 tokens through 30 layers
+of 576 in bfloat16 has 1.60 GB of tensors, and the process grows by 2.23 GB."""
 
 
 class Activations:
@@ -62,7 +63,7 @@ class Activations:
         layers = len(self.layers.layers)
         if self.wanted != "auto" or not layers:
             return
-        room = _ROOM * free_memory(self.model.device) / self._sharing - taken
+        room = _ROOM[self.model.device.type] * free_memory(self.model.device) / self._sharing - taken
         gpus = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(gpus), self.layers.kept(), attempt() as tried:
             saved = self._estimate(row, number, progress)

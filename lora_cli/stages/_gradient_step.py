@@ -24,6 +24,7 @@ from lora_cli.runtime.log import Stopwatch
 from lora_cli.runtime.optim import MasterAdamW
 from lora_cli.stages import _spikes
 from lora_cli.stages._activations import Activations
+from lora_cli.stages._compilation import compile_layers
 from lora_cli.stages._micro_batches import MicroBatches, Passes
 from lora_cli.types import Example, Examples, Progress
 
@@ -66,11 +67,15 @@ class GradientStep:
             keep_masters=method.keep_masters,
             seed=seed,
         )
+        self._follow_method()
+        self.compiled = settings.compile and compile_layers(
+            model, objective, examples, self.optimizer.zero_grad, log
+        )
         activations = Activations(settings.activations, model, objective, rt.world_size, log)
         self.passes = MicroBatches(
             model, method, objective, examples, self.optimizer, activations, self.tokens, seed, rt, log
         )
-        self._follow_method()
+        self.state.compiled = self.compiled
 
     def take(self) -> dict[str, float]:
         """Make one update and return the step's metrics; empty, with nothing changed, where a process is to stop.
@@ -158,6 +163,12 @@ class GradientStep:
         self.method.load_state_dict(method)  # first: what is trained may depend on it
         self._follow_method()
         self.optimizer.load_state_dict(optimizer)
+        if state.compiled != self.compiled:
+            was, now = ("compiled" if one else "plain" for one in (state.compiled, self.compiled))
+            self.log(
+                f"resume: warning: not bit-identical to a run in one piece: decoder layers {was} -> {now}"
+            )
+            state.compiled = self.compiled
         self.passes.size.tokens = min(self.tokens, state.micro_batch_tokens or self.tokens)
         return state
 

@@ -60,7 +60,8 @@ class MicroBatches:
     ) -> None:
         self.model, self.method, self.objective, self.examples = model, method, objective, examples
         self.optimizer, self.activations, self.seed, self.rt = optimizer, activations, seed, rt
-        self.size = PassSize(tokens, "train.micro_batch_tokens", REMEDY, log)
+        remedy = f"set train.activations: auto, or {REMEDY}" if activations.wanted == "keep" else REMEDY
+        self.size = PassSize(tokens, "train.micro_batch_tokens", remedy, log)
         self._last: Batch | None = None
         """The micro-batch whose pass was begun last."""
 
