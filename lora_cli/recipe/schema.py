@@ -79,7 +79,7 @@ class Train(Section):
     to the draws of a dropout). auto: at most 4096 on a CPU and 16384 on a GPU, less for a large vocabulary."""
     activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
     """What a pass keeps of the decoder layers for its backward pass; a gradient has the same bits either way. keep: all
-    that it needs. recompute: each layer's input, from which it is computed again, in about a third more time. offload:
+    that it needs. recompute: each layer's input, from which it is computed again, in about 1.4 times the time. offload:
     the same, and on a GPU the inputs wait in the CPU's memory. auto: keep what has room, recompute the rest."""
     compile: bool = False
     """Compile the decoder layers with torch.compile before the first step: one layer's code for all, for rows of any
