@@ -1,0 +1,277 @@
+"""Ours beside TRL, PEFT and LitGPT on the same work: tokens per second, memory, seconds to the first step.
+
+    python benchmarks/peers.py                                          # every case, 5 rounds: hours
+    python benchmarks/peers.py --cases gsm8k dora --peers trl-tuned peft-tuned --rounds 3
+    python benchmarks/peers.py --cases dense --shape smallest --rounds 1   # seconds: whether it all works here
+    python benchmarks/peers.py --cases scaling                          # ours alone, by length, batch, rank and width
+
+Every measurement is a process of its own. In a round each case has each side in turn; a ratio is that of two sides in
+the same round. Finished measurements are kept in `--results` and are not made again unless a source has changed, so
+that an interrupted comparison goes on.
+
+Work is equal or the run fails: each side is hashed for what its model was given in every step, and has our losses and
+gradient norms. `side_by_side/` says how; the configurations are printed with the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from side_by_side import equal, processes, report, scaling, shapes, starting, work
+from side_by_side.cases import ALPHA, CASES, OURS, PEERS, PLANNED_STEPS, RANK, Side
+from side_by_side.processes import ROOT, MeasurementFailed
+from side_by_side.records import Job, Record, UnequalError, read_work
+
+TOKENIZER = ROOT / "lora_cli" / "assets" / "tiny"
+LEARNING_RATE = 1e-5
+BEGIN, END = "<!-- peers -->", "<!-- end of peers -->"
+
+
+class Comparison:
+    """The measurements of one run of this script."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.code = processes.fingerprint()
+        self.inputs = options.results / "inputs"
+        name = options.model.name if options.model else options.shape
+        setting = f"{name}-{options.dtype}-{options.threads}"
+        self.folder = options.results / f"{self.code}-{setting}"
+        for folder in (self.inputs, self.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        made = self.inputs / f"{options.shape}-{options.dtype}"
+        self.model = options.model or shapes.make_model(
+            shapes.SHAPES[options.shape], options.dtype, made, TOKENIZER
+        )
+        self.config = shapes.sizes(self.model)
+        self.crashed = False
+        self.rates: list[Record] = []
+        self.starts: list[dict[str, float]] = []
+        self.scaled: dict[scaling.Point, list[Record]] = {}
+        self.cases: dict[str, report.Measured] = {}
+        for case in (one for one in options.cases if one in CASES):
+            found = report.Measured(
+                case, CASES[case], read_work(str(self.work(case))), self.config, options.dtype
+            )
+            self.cases[case] = found
+
+    def work(self, case: str) -> Path:
+        """Return the file of a case's documents."""
+        options = self.options
+        steps = options.warmup + 2 * options.steps + 1
+        if CASES[case].data == "dense":
+            return work.dense(self.inputs, steps, self.config["vocab_size"])
+        return work.question_answers(options.rows, self.inputs, steps, TOKENIZER, options.step_tokens)
+
+    def job(self, case: str, name: str, side: Side, **other: Any) -> Job:
+        """Return what a side is asked to do; `other` fields take the place of the case's."""
+        options, adapter = self.options, dict(CASES[case].adapter)
+        method, steps, warmup = CASES[case].method, options.warmup + options.steps, options.warmup
+        if method == "relora" and name == "ours":
+            warmup = options.steps + 1  # a restart at its end, and none in as many steps after it
+            adapter["restart_every"], steps = warmup, warmup + options.steps
+        rank = adapter.get("rank", adapter.get("initial_rank", RANK))
+        model, file = other.pop("model", self.model), other.pop("work", None) or self.work(case)
+        rank = other.pop("rank", rank)
+        adapter |= {"rank": rank} if "rank" in adapter else {}
+        kind = "lora" if method in ("qlora", "relora") else method
+        starts = self.inputs / f"{model.parent.name}-{model.name}-{kind}-{rank}.safetensors"
+        start = work.starts(model, kind, rank, starts)
+        options_of = dict(side.options) | {"adapter": adapter, "planned_steps": PLANNED_STEPS}
+        recipe = self.recipe(f"{case}-{rank}-{model.name}-{file.stem}", adapter, model, file)
+        return Job(
+            side=name, module=side.module, case=case, method=method, dtype=options.dtype, device=options.device,
+            model=str(model), tokenizer=str(TOKENIZER), work=str(file), start=str(start) if start else None,
+            recipe=str(recipe), steps=steps, warmup=warmup, threads=options.threads, learning_rate=LEARNING_RATE,
+            rank=rank, alpha=ALPHA, code=self.code, options=options_of,
+        )  # fmt: skip
+
+    def recipe(self, name: str, adapter: dict[str, Any], model: Path, file: Path) -> Path:
+        """Write the recipe of a case for our side: what equal work needs, all else at its defaults."""
+        documents = read_work(str(file))
+        longest = max(len(ids) for step in documents for ids, _ in step)
+        recipe = {
+            "model": {"base": str(model), "dtype": self.options.dtype},
+            "data": {"max_length": longest},
+            "adapter": adapter,
+            "train": {
+                "max_steps": PLANNED_STEPS,
+                "batch_size": len(documents[0]),
+                "learning_rate": LEARNING_RATE,
+                "schedule": "constant",
+                "warmup": 0,
+            },
+            "run": {"device": self.options.device},
+        }
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        return path
+
+    def round(self, number: int) -> None:
+        """Measure everything once."""
+        roofline = Side("roofline", "")
+        if self.cases:
+            job = self.job(next(iter(self.cases)), "roofline", roofline)
+            self.rates.append(self.measure(job, f"roofline-{number}", roofline))
+        for case, found in self.cases.items():
+            for name, side in [("ours", OURS), *((name, PEERS[name]) for name in self.options.peers)]:
+                if name not in found.skipped:
+                    self.side(found, case, name, side, number)
+        if "start" in self.options.cases:
+            folder, with_trl = self.folder / "start", "trl" in self.options.peers
+            found_seconds = starting.seconds(
+                self.model, self.options.dtype, folder, self.options.threads, with_trl=with_trl
+            )
+            self.starts.append(found_seconds)
+            self.tell(f"start: {', '.join(f'{name} {one:.2f} s' for name, one in found_seconds.items())}")
+        if "scaling" in self.options.cases:
+            for point in scaling.points():
+                self.scale(point, number)
+
+    def side(self, found: report.Measured, case: str, name: str, side: Side, number: int) -> None:
+        """Measure one side of a case, and see that its work is the file's and its numbers are ours."""
+        measured_as = case if name == "ours" else found.case.peers_of or case
+        method = CASES[measured_as].method
+        if name != "ours" and method not in side.methods:
+            found.skipped[name] = f"it has no {method}"
+            return
+        if side.packs and found.case.data == "dense":
+            found.skipped[name] = "all documents are of one length, there is nothing to pack"
+            return
+        job = self.job(measured_as, name, side)
+        try:
+            record = self.measure(job, f"{measured_as}-{name}-{number}", side)
+        except MeasurementFailed as fault:
+            if name == "ours":
+                raise
+            found.skipped[name] = str(fault)
+            self.crashed |= str(fault).startswith("exit")
+            self.tell(f"{case}: {name}: {fault}")
+            return
+        if record.skipped:
+            found.skipped[name] = record.skipped
+            return
+        title = f"{case}: {name}"
+        equal.require_documents(title, record, found.work)
+        if name != "ours":
+            # TRL's loss leaves AdaLoRA's penalty out, and with it the penalty's gradient.
+            norms = not (found.case.method == "adalora" and side.module != "peft_side")
+            equal.require_numbers(title, record, found.sides["ours"][-1], self.options.dtype, norms=norms)
+        found.sides.setdefault(name, []).append(record)
+        found.warmup[name] = job.warmup
+        steps = "; ".join(
+            f"{one.sha256[:8]} {one.real_tokens} {one.labelled_tokens} loss {one.loss:.6f} {one.seconds:.3f} s"
+            for one in record.steps
+        )
+        self.tell(f"round {number + 1}, {title}: {steps}; {record.peak_bytes / 1e9:.2f} GB")
+
+    def scale(self, point: scaling.Point, number: int) -> None:
+        """Measure ours at one setting."""
+        model = self.model
+        if point.width is not None:
+            made = self.inputs / f"width-{point.width}-{self.options.dtype}"
+            model = shapes.make_model(scaling.shape_of(point.width), self.options.dtype, made, TOKENIZER)
+        steps, vocabulary = self.options.warmup + self.options.steps, shapes.sizes(model)["vocab_size"]
+        file = work.dense(self.inputs, steps, vocabulary, rows=point.rows, length=point.length)
+        job = self.job("dense", "ours", OURS, model=model, work=file, rank=point.rank)
+        record = self.measure(job, f"scaling-{point.name}-{number}", OURS)
+        equal.require_documents(f"scaling: {point.name}", record, read_work(str(file)))
+        self.scaled.setdefault(point, []).append(record)
+        self.tell(
+            f"round {number + 1}, scaling, {point.along} {point.value}: {record.steps[-1].seconds:.3f} s"
+        )
+
+    def measure(self, job: Job, name: str, side: Side) -> Record:
+        """Return a measurement, made or kept."""
+        python = processes.interpreter(job.side, side, self.options.results, job.device, self.tell)
+        return processes.measured(job, self.folder, name, python)
+
+    def tell(self, line: str) -> None:
+        """Say what was done."""
+        print(line, file=sys.stderr, flush=True)
+
+    def text(self) -> str:
+        """Return all tables as Markdown."""
+        options = self.options
+        name = options.model.name if options.model else options.shape
+        parts = [
+            f"{name}, {options.dtype}, {options.device}, {options.threads} threads, {options.rounds} rounds of"
+            f" {options.steps} timed steps after {options.warmup}; learning rate {LEARNING_RATE:g}."
+        ]
+        rows = report.goal_rows(self.cases, self.rates) + (
+            report.start_rows(self.starts) if self.starts else []
+        )
+        parts += [report.goal_table(rows)] if rows else []
+        parts += [report.share_lines(self.cases, self.rates)] if self.cases else []
+        for case, found in self.cases.items():
+            parts.append(report.case_table(found))
+            parts += [report.restart_line(found)] if case == "relora" else []
+        parts += [report.scaling_table(self.scaled, options.warmup)] if self.scaled else []
+        sides = dict.fromkeys(side for found in self.cases.values() for side in found.sides)
+        parts += [report.configurations(sides)] if sides else []
+        return "\n\n".join(parts)
+
+
+def write(text: str) -> None:
+    """Put the tables into docs/performance.md, between its two marks."""
+    page = ROOT / "docs" / "performance.md"
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description="Run ours and the peers on the same work, side by side.")
+    names = [*CASES, "start", "scaling"]
+    parser.add_argument("--cases", nargs="+", default=names[:-1], choices=names)
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a measurement")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--shape", default="smollm-135m", choices=shapes.SHAPES)
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="in place of a random one of --shape")
+    rows = ROOT.parent / "shared" / "data" / "gsm8k.train.jsonl"
+    parser.add_argument("--rows", type=Path, default=rows, metavar="FILE", help="GSM8K: question and answer")
+    parser.add_argument("--step-tokens", type=int, default=8192, help="most tokens of a step of these rows")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "peers", metavar="FOLDER")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
+    options = parser.parse_args(arguments)
+    options.results = options.results.resolve()
+    if options.model is not None:
+        options.model = options.model.resolve()
+    answers = [name for name in options.cases if name in CASES and CASES[name].data == "answers"]
+    if answers and not options.rows.is_file():
+        parser.error(
+            f"{options.rows}: no such file, and {', '.join(answers)} train on its rows (--rows FILE)"
+        )
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is asked for and print the tables as Markdown; return the exit code."""
+    options = parse(arguments)
+    try:
+        comparison = Comparison(options)
+        for number in range(options.rounds):
+            comparison.round(number)
+    except (UnequalError, MeasurementFailed, ValueError) as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 1
+    text = comparison.text()
+    print(text, flush=True)
+    if options.write:
+        write(text)
+    return int(comparison.crashed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
