@@ -78,6 +78,8 @@ class Comparison:
             adapter["restart_every"], steps = warmup, warmup + options.steps
         rank = adapter.get("rank", adapter.get("initial_rank", RANK))
         model, file = other.pop("model", self.model), other.pop("work", None) or self.work(case)
+        if method == "vera":
+            rank = min(rank, max(inputs for inputs, _ in shapes.linear_shapes(self.config)[0]))
         rank = other.pop("rank", rank)
         adapter |= {"rank": rank} if "rank" in adapter else {}
         kind = "lora" if method in ("qlora", "relora") else method
@@ -156,6 +158,7 @@ class Comparison:
             return
         if record.skipped:
             found.skipped[name] = record.skipped
+            self.tell(f"{case}: {name}: {record.skipped}")
             return
         title = f"{case}: {name}"
         equal.require_documents(title, record, found.work)
@@ -203,6 +206,8 @@ class Comparison:
         parts = [
             f"{name}, {options.dtype}, {options.device}, {options.threads} threads, {options.rounds} rounds of"
             f" {options.steps} timed steps after {options.warmup}; learning rate {LEARNING_RATE:g}."
+            + " All sides compute in float32, whatever their configuration says."
+            * (options.dtype == "float32")
         ]
         rows = report.goal_rows(self.cases, self.rates) + (
             report.start_rows(self.starts) if self.starts else []

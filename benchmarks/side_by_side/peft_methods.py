@@ -37,6 +37,9 @@ def fill(model: torch.nn.Module, path: str) -> None:
         UnequalError: it trains other tensors than the file has.
     """
     start = load_file(path)
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:  # AdaLoRA's rank, a constant, which PEFT 0.21 leaves to the optimizer
+            parameter.requires_grad_(False)
     shared = {name: value for name, value in model.named_buffers() if re.search(r"\.vera_[AB]\.", name)}
     places: dict[str, torch.Tensor] = {
         _plain(name): value for name, value in model.named_parameters() if value.requires_grad

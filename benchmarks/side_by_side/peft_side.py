@@ -25,6 +25,7 @@ def run(job: Job, recorder: Recorder) -> None:
         dtype=dtype,
         attn_implementation=job.options.get("attention", "sdpa"),
         quantization_config=quantized,
+        use_safetensors=True,
     )
     if quantized is None:
         model.to(job.device)
