@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 from side_by_side import equal, processes, report, scaling, shapes, starting, work
-from side_by_side.cases import ALPHA, CASES, OURS, PEERS, PLANNED_STEPS, RANK, Side
+from side_by_side.cases import ALPHA, CASES, OURS, PEERS, PLANNED_STEPS, RANK, Side, case_on
 from side_by_side.processes import ROOT, MeasurementFailed
 from side_by_side.records import Job, Record, UnequalError, read_work
 
@@ -57,7 +57,11 @@ class Comparison:
         self.cases: dict[str, report.Measured] = {}
         for case in (one for one in options.cases if one in CASES):
             found = report.Measured(
-                case, CASES[case], read_work(str(self.work(case))), self.config, options.dtype
+                case,
+                case_on(options.device, case),
+                read_work(str(self.work(case))),
+                self.config,
+                options.dtype,
             )
             self.cases[case] = found
 
@@ -66,7 +70,7 @@ class Comparison:
         options = self.options
         steps = options.warmup + 2 * options.steps + 1
         if CASES[case].data == "dense":
-            return work.dense(self.inputs, steps, self.config["vocab_size"])
+            return work.dense(self.inputs, steps, self.config["vocab_size"], length=options.length)
         return work.question_answers(options.rows, self.inputs, steps, TOKENIZER, options.step_tokens)
 
     def job(self, case: str, name: str, side: Side, **other: Any) -> Job:
@@ -242,6 +246,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--length", type=int, default=512, help="tokens of a document of the dense case")
     parser.add_argument("--shape", default="smollm-135m", choices=shapes.SHAPES)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="in place of a random one of --shape")
     rows = ROOT.parent / "shared" / "data" / "gsm8k.train.jsonl"
@@ -253,6 +258,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.results = options.results.resolve()
     if options.model is not None:
         options.model = options.model.resolve()
+        if "start" in options.cases and not (options.model / "tokenizer.json").is_file():
+            parser.error(f"{options.model}: has no tokenizer.json, which the case start needs")
     answers = [name for name in options.cases if name in CASES and CASES[name].data == "answers"]
     if answers and not options.rows.is_file():
         parser.error(

@@ -36,6 +36,9 @@ def run(job: Job, recorder: Recorder) -> None:
         model = get_peft_model(model, settings, autocast_adapter_dtype=False)
         assert job.start is not None
         peft_methods.fill(model, job.start)
+    if job.options.get("compile"):
+        for layer in inner.model.layers:
+            layer.compile(dynamic=True)
     model.train()
     watch_loss(inner, recorder)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

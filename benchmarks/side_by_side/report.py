@@ -30,6 +30,12 @@ class Measured:
         skip = self.warmup[side]
         return [statistics.median(one.seconds for one in record.steps[skip:]) for record in self.sides[side]]
 
+    def token(self, side: str) -> list[float]:
+        """Return the median seconds a real token of the timed steps in each round."""
+        skip = self.warmup[side]
+        steps = (record.steps[skip:] for record in self.sides[side])
+        return [statistics.median(one.seconds / one.real_tokens for one in timed) for timed in steps]
+
     def rate(self, side: str, tokens: str) -> list[float]:
         """Return the tokens a second of the timed steps in each round; `tokens` names which."""
         found = []
@@ -39,8 +45,8 @@ class Measured:
         return found
 
     def beside_ours(self, side: str) -> list[float]:
-        """Return the seconds of a step in ours, round by round."""
-        return ratios(self.step(side), self.step("ours"))
+        """Return the seconds a token in ours, round by round; of the same steps, or of as many others."""
+        return ratios(self.token(side), self.token("ours"))
 
     def tuned(self) -> list[str]:
         """Return the tuned peers that were measured."""
@@ -119,22 +125,29 @@ def goal_rows(cases: Mapping[str, Measured], rates: Sequence[Record]) -> list[st
     rows = []
     for one in cases.values():
         goals = one.case
-        if "trl" in one.sides:
+        if "trl" in one.sides and goals.default_goal is not None:
             rows.append(
-                _at_least(one, "TRL's default step by ours", goals.default_goal, one.beside_ours("trl"))
+                _at_least(one, "TRL's default time by ours", goals.default_goal, one.beside_ours("trl"))
             )
         if tuned := one.tuned():
-            best = min(tuned, key=lambda side: statistics.median(one.step(side)))
-            what = f"the best tuned peer's step by ours ({best})"
-            rows.append(_at_least(one, what, goals.tuned_goal, one.beside_ours(best)))
+            best = min(tuned, key=lambda side: statistics.median(one.token(side)))
+            what = f"the best tuned peer's time by ours ({best})"
+            if goals.tuned_goal is not None:
+                rows.append(_at_least(one, what, goals.tuned_goal, one.beside_ours(best)))
+            for peer in goals.peer_goals.keys() & one.sides.keys():
+                rows.append(
+                    _at_least(one, f"{peer}'s time by ours", goals.peer_goals[peer], one.beside_ours(peer))
+                )
             if goals.memory_goal is not None:
                 lean = min(tuned, key=lambda side: statistics.median(_peaks(one.sides[side])))
                 found = ratios(_peaks(one.sides["ours"]), _peaks(one.sides[lean]))
                 what = f"our peak memory by the leanest tuned peer's ({lean})"
                 rows.append(_at_most(one, what, goals.memory_goal, found))
+        if goals.rate_goal is not None:
+            rows.append(_at_least(one, "our tokens/s", goals.rate_goal, one.rate("ours", "real_tokens")))
         if goals.own_goal is not None and "gsm8k" in cases:
-            found = ratios(one.step("ours"), cases["gsm8k"].step("ours"))
-            rows.append(_at_most(one, "our step by our LoRA's", goals.own_goal, found))
+            found = ratios(one.token("ours"), cases["gsm8k"].token("ours"))
+            rows.append(_at_most(one, "our time by our LoRA's", goals.own_goal, found))
         if goals.roofline_goal is not None and rates:
             found = ratios(one.useful(), (record.numbers[one.dtype] for record in rates))
             what = "our useful operations by the measured rate of products"
@@ -156,7 +169,7 @@ def _at_most(one: Measured, what: str, goal: float, found: list[float]) -> str:
 
 def _goal(title: str, what: str, sign: str, goal: float, found: list[float], share: float) -> str:
     verdict = "met" if share >= 1 else f"missed, {share:.0%} of it"
-    return f"| {title} | {what} | {sign} {goal:.2f} | {spread(found, '.2f')} | {verdict} |"
+    return f"| {title} | {what} | {sign} {goal:,.2f} | {spread(found, ',.2f')} | {verdict} |"
 
 
 def start_rows(found: Sequence[Mapping[str, float]]) -> list[str]:
