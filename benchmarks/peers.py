@@ -55,6 +55,7 @@ class Comparison:
         self.starts: list[dict[str, float]] = []
         self.scaled: dict[scaling.Point, list[Record]] = {}
         self.cases: dict[str, report.Measured] = {}
+        self.files: dict[str, Path] = {}
         for case in (one for one in options.cases if one in CASES):
             found = report.Measured(
                 case,
@@ -66,12 +67,16 @@ class Comparison:
             self.cases[case] = found
 
     def work(self, case: str) -> Path:
-        """Return the file of a case's documents."""
-        options = self.options
+        """Return the file of a case's documents, made once."""
+        options, data = self.options, CASES[case].data
         steps = options.warmup + 2 * options.steps + 1
-        if CASES[case].data == "dense":
-            return work.dense(self.inputs, steps, self.config["vocab_size"], length=options.length)
-        return work.question_answers(options.rows, self.inputs, steps, TOKENIZER, options.step_tokens)
+        if data not in self.files and data == "dense":
+            vocabulary = self.config["vocab_size"]
+            self.files[data] = work.dense(self.inputs, steps, vocabulary, length=options.length)
+        elif data not in self.files:
+            made = work.question_answers(options.rows, self.inputs, steps, TOKENIZER, options.step_tokens)
+            self.files[data] = made
+        return self.files[data]
 
     def job(self, case: str, name: str, side: Side, **other: Any) -> Job:
         """Return what a side is asked to do; `other` fields take the place of the case's."""
