@@ -20,16 +20,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-from side_by_side import equal, processes, report, scaling, shapes, starting, work
-from side_by_side.cases import ALPHA, CASES, OURS, PEERS, PLANNED_STEPS, RANK, Side, case_on
+from side_by_side import equal, processes, report, scaling, shapes, starting
+from side_by_side.cases import CASES, OURS, PEERS, Side, case_on
+from side_by_side.jobs import LEARNING_RATE, Jobs
 from side_by_side.processes import ROOT, MeasurementFailed
 from side_by_side.records import Job, Record, UnequalError, read_work
 
-TOKENIZER = ROOT / "lora_cli" / "assets" / "tiny"
-LEARNING_RATE = 1e-5
 BEGIN, END = "<!-- peers -->", "<!-- end of peers -->"
 
 
@@ -38,97 +35,27 @@ class Comparison:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.code = processes.fingerprint()
-        self.inputs = options.results / "inputs"
-        name = options.model.name if options.model else options.shape
-        setting = f"{name}-{options.dtype}-{options.threads}"
-        self.folder = options.results / f"{self.code}-{setting}"
-        for folder in (self.inputs, self.folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        made = self.inputs / f"{options.shape}-{options.dtype}"
-        self.model = options.model or shapes.make_model(
-            shapes.SHAPES[options.shape], options.dtype, made, TOKENIZER
-        )
-        self.config = shapes.sizes(self.model)
+        code = processes.fingerprint()
+        self.name = options.model.name if options.model else options.shape
+        self.folder = options.results / f"{code}-{self.name}-{options.dtype}-{options.threads}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.jobs = Jobs(options, self.folder, code)
         self.crashed = False
         self.rates: list[Record] = []
         self.starts: list[dict[str, float]] = []
         self.scaled: dict[scaling.Point, list[Record]] = {}
         self.cases: dict[str, report.Measured] = {}
-        self.files: dict[str, Path] = {}
-        for case in (one for one in options.cases if one in CASES):
-            found = report.Measured(
-                case,
-                case_on(options.device, case),
-                read_work(str(self.work(case))),
-                self.config,
-                options.dtype,
+        for name in (one for one in options.cases if one in CASES):
+            documents = read_work(str(self.jobs.work(name)))
+            self.cases[name] = report.Measured(
+                name, case_on(options.device, name), documents, self.jobs.config, options.dtype
             )
-            self.cases[case] = found
-
-    def work(self, case: str) -> Path:
-        """Return the file of a case's documents, made once."""
-        options, data = self.options, CASES[case].data
-        steps = options.warmup + 2 * options.steps + 1
-        if data not in self.files and data == "dense":
-            vocabulary = self.config["vocab_size"]
-            self.files[data] = work.dense(self.inputs, steps, vocabulary, length=options.length)
-        elif data not in self.files:
-            made = work.question_answers(options.rows, self.inputs, steps, TOKENIZER, options.step_tokens)
-            self.files[data] = made
-        return self.files[data]
-
-    def job(self, case: str, name: str, side: Side, **other: Any) -> Job:
-        """Return what a side is asked to do; `other` fields take the place of the case's."""
-        options, adapter = self.options, dict(CASES[case].adapter)
-        method, steps, warmup = CASES[case].method, options.warmup + options.steps, options.warmup
-        if method == "relora" and name == "ours":
-            warmup = options.steps + 1  # a restart at its end, and none in as many steps after it
-            adapter["restart_every"], steps = warmup, warmup + options.steps
-        rank = adapter.get("rank", adapter.get("initial_rank", RANK))
-        model, file = other.pop("model", self.model), other.pop("work", None) or self.work(case)
-        if method == "vera":
-            rank = min(rank, max(inputs for inputs, _ in shapes.linear_shapes(self.config)[0]))
-        rank = other.pop("rank", rank)
-        adapter |= {"rank": rank} if "rank" in adapter else {}
-        kind = "lora" if method in ("qlora", "relora") else method
-        starts = self.inputs / f"{model.parent.name}-{model.name}-{kind}-{rank}.safetensors"
-        start = work.starts(model, kind, rank, starts)
-        options_of = dict(side.options) | {"adapter": adapter, "planned_steps": PLANNED_STEPS}
-        recipe = self.recipe(f"{case}-{rank}-{model.name}-{file.stem}", adapter, model, file)
-        return Job(
-            side=name, module=side.module, case=case, method=method, dtype=options.dtype, device=options.device,
-            model=str(model), tokenizer=str(TOKENIZER), work=str(file), start=str(start) if start else None,
-            recipe=str(recipe), steps=steps, warmup=warmup, threads=options.threads, learning_rate=LEARNING_RATE,
-            rank=rank, alpha=ALPHA, code=self.code, options=options_of,
-        )  # fmt: skip
-
-    def recipe(self, name: str, adapter: dict[str, Any], model: Path, file: Path) -> Path:
-        """Write the recipe of a case for our side: what equal work needs, all else at its defaults."""
-        documents = read_work(str(file))
-        longest = max(len(ids) for step in documents for ids, _ in step)
-        recipe = {
-            "model": {"base": str(model), "dtype": self.options.dtype},
-            "data": {"max_length": longest},
-            "adapter": adapter,
-            "train": {
-                "max_steps": PLANNED_STEPS,
-                "batch_size": len(documents[0]),
-                "learning_rate": LEARNING_RATE,
-                "schedule": "constant",
-                "warmup": 0,
-            },
-            "run": {"device": self.options.device},
-        }
-        path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        return path
 
     def round(self, number: int) -> None:
         """Measure everything once."""
         roofline = Side("roofline", "")
         if self.cases:
-            job = self.job(next(iter(self.cases)), "roofline", roofline)
+            job = self.jobs.job(next(iter(self.cases)), "roofline", roofline)
             self.rates.append(self.measure(job, f"roofline-{number}", roofline))
         for case, found in self.cases.items():
             for name, side in [("ours", OURS), *((name, PEERS[name]) for name in self.options.peers)]:
@@ -137,7 +64,7 @@ class Comparison:
         if "start" in self.options.cases:
             folder, with_trl = self.folder / "start", "trl" in self.options.peers
             found_seconds = starting.seconds(
-                self.model, self.options.dtype, folder, self.options.threads, with_trl=with_trl
+                self.jobs.model, self.options.dtype, folder, self.options.threads, with_trl=with_trl
             )
             self.starts.append(found_seconds)
             self.tell(f"start: {', '.join(f'{name} {one:.2f} s' for name, one in found_seconds.items())}")
@@ -155,7 +82,7 @@ class Comparison:
         if side.packs and found.case.data == "dense":
             found.skipped[name] = "all documents are of one length, there is nothing to pack"
             return
-        job = self.job(measured_as, name, side)
+        job = self.jobs.job(measured_as, name, side)
         try:
             record = self.measure(job, f"{measured_as}-{name}-{number}", side)
         except MeasurementFailed as fault:
@@ -185,15 +112,9 @@ class Comparison:
 
     def scale(self, point: scaling.Point, number: int) -> None:
         """Measure ours at one setting."""
-        model = self.model
-        if point.width is not None:
-            made = self.inputs / f"width-{point.width}-{self.options.dtype}"
-            model = shapes.make_model(scaling.shape_of(point.width), self.options.dtype, made, TOKENIZER)
-        steps, vocabulary = self.options.warmup + self.options.steps, shapes.sizes(model)["vocab_size"]
-        file = work.dense(self.inputs, steps, vocabulary, rows=point.rows, length=point.length)
-        job = self.job("dense", "ours", OURS, model=model, work=file, rank=point.rank)
+        job = self.jobs.point(point)
         record = self.measure(job, f"scaling-{point.name}-{number}", OURS)
-        equal.require_documents(f"scaling: {point.name}", record, read_work(str(file)))
+        equal.require_documents(f"scaling: {point.name}", record, read_work(job.work))
         self.scaled.setdefault(point, []).append(record)
         self.tell(
             f"round {number + 1}, scaling, {point.along} {point.value}: {record.steps[-1].seconds:.3f} s"
@@ -211,9 +132,8 @@ class Comparison:
     def text(self) -> str:
         """Return all tables as Markdown."""
         options = self.options
-        name = options.model.name if options.model else options.shape
         parts = [
-            f"{name}, {options.dtype}, {options.device}, {options.threads} threads, {options.rounds} rounds of"
+            f"{self.name}, {options.dtype}, {options.device}, {options.threads} threads, {options.rounds} rounds of"
             f" {options.steps} timed steps after {options.warmup}; learning rate {LEARNING_RATE:g}."
             + " All sides compute in float32, whatever their configuration says."
             * (options.dtype == "float32")
