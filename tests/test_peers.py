@@ -141,7 +141,7 @@ def test_goals_are_judged_round_by_round(compared: tuple[list[str], Path]) -> No
     (row,) = report.goal_rows({"gsm8k": one}, [])
     assert row.endswith("| ≥ 6.00 | 6.00 (5.00 to 6.50) | met |")
     one.sides["trl"] = one.sides["trl"][2:] * 3
-    assert report.goal_rows({"gsm8k": one}, [])[0].endswith("missed, 83% of it |")
+    assert report.goal_rows({"gsm8k": one}, [])[0].endswith("missed, 83.3% of it |")
 
 
 def test_every_peer_says_how_it_is_set_up() -> None:

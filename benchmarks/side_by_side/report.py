@@ -168,7 +168,7 @@ def _at_most(one: Measured, what: str, goal: float, found: list[float]) -> str:
 
 
 def _goal(title: str, what: str, sign: str, goal: float, found: list[float], share: float) -> str:
-    verdict = "met" if share >= 1 else f"missed, {share:.0%} of it"
+    verdict = "met" if share >= 1 else f"missed, {share:.1%} of it"
     return f"| {title} | {what} | {sign} {goal:,.2f} | {spread(found, ',.2f')} | {verdict} |"
 
 
