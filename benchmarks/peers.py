@@ -138,6 +138,7 @@ class Comparison:
             + " All sides compute in float32, whatever their configuration says."
             * (options.dtype == "float32")
         ]
+        parts[0] += f" {report.machine(options.device)}"
         rows = report.goal_rows(self.cases, self.rates) + (
             report.start_rows(self.starts) if self.starts else []
         )

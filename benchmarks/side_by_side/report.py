@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from side_by_side import equal, roofline, starting
@@ -211,6 +215,23 @@ def restart_line(one: Measured) -> str:
     steps = one.step("ours")
     found = [record.steps[at].seconds / step for record, step in zip(one.sides["ours"], steps, strict=True)]
     return f"The step with ReLoRA's restart takes {spread(found, '.2f')} of its other steps."
+
+
+def machine(device: str) -> str:
+    """Return what computed: the processor or the GPU, and the libraries of ours, TRL's and PEFT's environment."""
+    if device == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else platform.machine()
+    found = []
+    for library in ("torch", "transformers", "peft", "trl", "bitsandbytes"):
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{library} {metadata.version(library)}")
+    return f"{name}; {', '.join(found)}."
 
 
 def configurations(sides: Iterable[str]) -> str:
