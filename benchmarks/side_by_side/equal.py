@@ -12,7 +12,7 @@ from side_by_side.records import Document, Record, UnequalError, digest
 
 LOSS = {"bfloat16": 3e-3, "float32": 1e-5}
 """Largest difference of a step's loss, relative."""
-NORM = {"bfloat16": 2e-2, "float32": 1e-3}
+NORM = {"bfloat16": 1e-2, "float32": 1e-3}
 """Largest difference of a step's gradient norm, relative; a lost gradient of one layer in a hundred shows."""
 
 
