@@ -35,8 +35,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     },
 }  # fmt: skip
-"""Published configurations; `smallest` is for trying the comparison out. Its rows are whole blocks of 64 weights: others
-bitsandbytes 0.50 dequantizes wrongly on a CPU, and the losses of QLoRA would differ."""
+"""Published configurations; `smallest` is for trying the comparison out. Its rows are whole blocks of 64 weights, as
+bitsandbytes 0.50 dequantizes others wrongly on a CPU, and the losses of QLoRA would differ."""
 
 
 def make_model(shape: dict[str, Any], dtype: str, folder: Path, tokenizer: Path) -> Path:
