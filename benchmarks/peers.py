@@ -101,7 +101,8 @@ class Comparison:
         if name != "ours":
             # TRL's loss leaves AdaLoRA's penalty out, and with it the penalty's gradient.
             norms = not (found.case.method == "adalora" and side.module != "peft_side")
-            equal.require_numbers(title, record, found.sides["ours"][-1], self.options.dtype, norms=norms)
+            mine, rounded = found.sides["ours"][-1], side.rounds_loss
+            equal.require_numbers(title, record, mine, self.options.dtype, norms=norms, rounded=rounded)
         found.sides.setdefault(name, []).append(record)
         found.warmup[name] = job.warmup
         steps = "; ".join(

@@ -103,6 +103,8 @@ class Side:
     own_environment: bool = False
     packs: bool = False
     """Rows share a sequence, which documents of equal length gain nothing from."""
+    rounds_loss: bool = False
+    """In bfloat16 its loss is a bfloat16 number, sum and mean, and can only be compared as such."""
     cuda_only: bool = False
 
 
@@ -145,8 +147,10 @@ PEERS: dict[str, Side] = {
     "litgpt": Side(
         "litgpt_side",
         "litgpt 0.5.13: bf16-true, its chunked loss, 8 rows of like length at a time; micro-batches weighted by their"
-        " labelled tokens, where its own loop takes the mean of means",
+        " labelled tokens, where its own loop takes the mean of means; its loss is rounded to bfloat16, and is compared"
+        " to 1.2e-2 there",
         tuned=True,
+        rounds_loss=True,
         methods=("lora",),
         needs=("litgpt==0.5.13", "torch==2.13.0", "numpy", "safetensors"),
         own_environment=True,

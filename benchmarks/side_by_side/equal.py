@@ -12,6 +12,8 @@ from side_by_side.records import Document, Record, UnequalError, digest
 
 LOSS = {"bfloat16": 3e-3, "float32": 1e-5}
 """Largest difference of a step's loss, relative."""
+ROUNDED = 3 * 2.0**-8
+"""The same of a loss whose tokens, sum and mean are each rounded to bfloat16."""
 NORM = {"bfloat16": 1e-2, "float32": 1e-3}
 """Largest difference of a step's gradient norm, relative; a lost gradient of one layer in a hundred shows."""
 
@@ -35,13 +37,16 @@ def require_documents(name: str, record: Record, work: Sequence[Sequence[Documen
             )
 
 
-def require_numbers(name: str, record: Record, ours: Record, dtype: str, *, norms: bool) -> None:
-    """Refuse a side whose losses or, with `norms`, gradient norms are not ours.
+def require_numbers(
+    name: str, record: Record, ours: Record, dtype: str, *, norms: bool, rounded: bool = False
+) -> None:
+    """Refuse a side whose losses or, with `norms`, gradient norms are not ours; `rounded`: it rounds its losses.
 
     Raises:
         UnequalError: which step, and both numbers.
     """
-    kinds = [("loss", LOSS[dtype])] + ([("grad_norm", NORM[dtype])] if norms else [])
+    loss = ROUNDED if rounded and dtype == "bfloat16" else LOSS[dtype]
+    kinds = [("loss", loss)] + ([("grad_norm", NORM[dtype])] if norms else [])
     for number, (theirs, mine) in enumerate(zip(record.steps, ours.steps, strict=False), 1):
         for kind, most in kinds:
             one, other = getattr(theirs, kind), getattr(mine, kind)
