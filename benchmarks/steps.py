@@ -20,12 +20,14 @@ from pathlib import Path
 from lora_cli import objectives
 from lora_cli.models.load import base_folder
 from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime import dist, order
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Stopwatch
 from lora_cli.stages import _opened as opened
 from lora_cli.stages import inject, prepare
 from lora_cli.stages._gradient_step import GradientStep
+from lora_cli.types import Prepared
 
 
 def gradient_step(path: Path, overrides: Sequence[str], rt: Runtime) -> GradientStep:
@@ -34,6 +36,11 @@ def gradient_step(path: Path, overrides: Sequence[str], rt: Runtime) -> Gradient
     base = base_folder(recipe.model.base, recipe.model.revision)
     tokenizer = opened.tokenizer_for(recipe, base)
     prepared = prepare.run(recipe.data, recipe.objective.train_on, tokenizer, rt, lambda line: None)
+    return step_on(recipe, base, prepared, rt)
+
+
+def step_on(recipe: Recipe, base: Path, prepared: Prepared, rt: Runtime) -> GradientStep:
+    """Return the step of a recipe on prepared rows, as the pipeline makes it."""
     assert prepared.train is not None
     plan = recipe.train
     total = order.planned_steps(plan, len(prepared.train))
