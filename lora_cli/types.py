@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a recipe and its first rows are checked without either
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 IGNORED = -100
@@ -214,6 +213,8 @@ class Documents:
 @dataclass(slots=True)
 class Batch:
     """One micro-batch: right-padded rows, or with `documents` all of its rows in one sequence, (1, T), unpadded.
+
+    Behind the rows' documents there may be one that fills the sequence up, of which nothing is trained.
 
     `labels[b, t]` is the token at t if it is trained, else IGNORED (not shifted). In a packed sequence the first token
     of a document is IGNORED: nothing before it may predict it.

@@ -55,7 +55,8 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         model, method = opened.model(recipe, adapter, base, rt.device, attention=attention)
         inject.check_rows_fit(model, prepared, max_generated=generated)
         packs = inject.settle_packing(model, recipe.data.packing, log.line)
-        adapted = AdaptedModel(model, method.placed() if method else {}, packs=packs)
+        head = inject.settle_head(model, packs, log.line)
+        adapted = AdaptedModel(model, method.placed() if method else {}, packs=packs, head=head)
         scores = evaluate_stage.run(
             recipe.evaluate, adapted, objective, prepared, rt=rt, log=log, with_base=adapter is not None
         )

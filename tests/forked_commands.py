@@ -1,7 +1,7 @@
 """Real command lines in processes of their own, forked from one that has imported torch: 0.1 s to start in place of 3.
 
 The parent only imports. It runs nothing of lora-cli, so that a child is what a fresh process would be: it reads its
-environment, and is killed, filled up and signalled alone.
+environment, and is killed, filled up and signalled alone. Python's own variables and the locale are the parent's.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
+import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
+OUTPUT, ERRORS = "output", "errors"
+"""Files in a command's folder with what it printed last."""
 
 
 @dataclass(frozen=True)
@@ -28,65 +33,114 @@ class Ended:
     errors: str
 
 
-class ForkServer:
-    """Runs command lines one after the other; `folder` takes what they print."""
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a command under test."""
+    own = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return os.environ | own | more
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        environment = os.environ | {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        self._process = subprocess.Popen(
+
+class ForkServer:
+    """Runs one command line at a time; `more` is added to the environment that it starts in."""
+
+    def __init__(self, **more: str) -> None:
+        self._server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
             text=True,
+            bufsize=1,
+            env=environment(**more),
         )
+        assert self._line(120) == "ready"
+        self._pid = 0
 
-    def run(
+    def start(
         self,
+        folder: Path,
         *arguments: str | Path,
         environment: dict[str, str] | None = None,
         file_bytes: int | None = None,
-    ) -> Ended:
-        """Run `lora ...`; `file_bytes` is the largest file it may write."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        clock: float = 0.0,
+    ) -> None:
+        """Begin `lora ARGUMENTS` in a folder, which gets OUTPUT and ERRORS, and the token cache unless told otherwise.
+
+        `file_bytes` is the largest file that it may write; its clock is so many seconds ahead.
+        """
         order = {
             "arguments": [str(argument) for argument in arguments],
-            "environment": environment or {},
+            "folder": str(folder),
+            "environment": {"LORA_CLI_CACHE": str(folder / "cache")} | (environment or {}),
             "file_bytes": file_bytes,
-            "folder": str(self.folder),
+            "clock": clock,
         }
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
-        printed = [(self.folder / name).read_text() for name in ("output", "errors")]
-        return Ended(code, *printed)
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        self._pid = int(self._line(60) or 0)
+
+    def code(self, seconds: float = 120.0) -> int | None:
+        """Return the exit code, the negative number of a signal that ended it; None if it runs on after `seconds`."""
+        line = self._line(seconds)
+        return None if line is None else int(line)
+
+    def kill(self) -> int:
+        """Send SIGKILL to the command and return its exit code, which is another if it had ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        code = self.code(30)
+        assert code is not None
+        return code
+
+    def run(self, folder: Path, *arguments: str | Path, **how: Any) -> Ended:
+        """Run a command line to its end; `how` as `start` has it."""
+        self.start(folder, *arguments, **how)
+        code = self.code()
+        assert code is not None, "the command does not end"
+        return Ended(code, *((folder / name).read_text(errors="replace") for name in (OUTPUT, ERRORS)))
+
+    def succeed(self, folder: Path, *arguments: str | Path, **how: Any) -> float:
+        """Run a command line that must succeed, and return its seconds."""
+        began = time.monotonic()
+        ended = self.run(folder, *arguments, **how)
+        assert ended.code == 0, ended
+        return time.monotonic() - began
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *fault: object) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
+        # It has nothing to finish, and to leave in good order takes torch seconds.
+        self._server.kill()
+        self._server.wait(30)
+        for stream in (self._server.stdin, self._server.stdout):
+            assert stream is not None
+            stream.close()
+
+    def _line(self, seconds: float) -> str | None:
+        stream = self._server.stdout
+        assert stream is not None
+        ready, _, _ = select.select([stream], [], [], seconds)
+        return stream.readline().strip() if ready else None
 
 
 def _child(order: dict[str, Any]) -> None:
-    os.environ.update(order["environment"])
-    for name, stream in (("output", 1), ("errors", 2)):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        os.dup2(os.open(Path(order["folder"]) / name, flags), stream)
-    if order["file_bytes"] is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], resource.RLIM_INFINITY))
-    code = 1
+    code = 99
     try:
+        os.chdir(order["folder"])
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for name, stream in ((OUTPUT, 1), (ERRORS, 2)):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.environ.update(order["environment"])
+        if order["file_bytes"] is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], resource.RLIM_INFINITY))
+        if order["clock"]:
+            real, ahead = time.time, order["clock"]
+            time.time = lambda: real() + ahead
         from lora_cli.cli import main
 
         code = main(order["arguments"])
@@ -119,5 +173,8 @@ def ended(pid: int) -> int:
 
 if __name__ == "__main__":
     warm()
+    print("ready", flush=True)
     for line in sys.stdin:
-        print(ended(start(json.loads(line))), flush=True)
+        child = start(json.loads(line))
+        print(child, flush=True)
+        print(ended(child), flush=True)

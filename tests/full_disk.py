@@ -59,7 +59,7 @@ def story(folder: Path, disk: Path, moment: str) -> dict[str, Any]:
 
     run = disk / moment
     failpoint = {"LORA_FAILPOINT": f"folder-made:stop:{TARGETS[moment]}"}
-    order: dict[str, Any] = {"folder": str(folder), "environment": failpoint, "file_bytes": None}
+    order: dict[str, Any] = {"folder": str(folder), "environment": failpoint, "file_bytes": None, "clock": 0}
     order["arguments"] = ["train", str(folder / "recipe.yaml"), f"run.output={run}"]
     pid = start(order)
     _, status = os.waitpid(pid, os.WUNTRACED)

@@ -30,12 +30,6 @@ BEST = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
-
-
 @pytest.fixture()
 def job(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that trains the toy recipe in its folder with changes."""

@@ -181,7 +181,13 @@ def test_what_is_too_long_is_seen() -> None:
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
 
 
@@ -195,18 +201,29 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     assert result.stdout.strip() == "2 []", result.stdout + result.stderr
 
 
+def test_a_good_recipe_is_checked_without_them() -> None:
+    """Checking a recipe, its first rows, its chat template and its base imports neither torch nor numpy."""
+    code = (
+        "import sys; from lora_cli.cli import train_main; code = train_main([sys.argv[1], '--check']); "
+        "print(code, sorted({m.split('.')[0] for m in sys.modules} & set(sys.argv[2:])))"
+    )
+    recipe = str(ROOT / "configs/quickstart.yaml")
+    result = _python("-c", code, recipe, "numpy", "pyarrow", "rich", *HEAVY)
+    assert result.stdout.splitlines()[-1] == "0 []", result.stdout + result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "seconds"),
-    [(["--help"], 0, 0.3), (["{recipe}", "--check"], 2, 0.5)],
+    [(["--help"], 0, 0.2), (["{recipe}", "--check"], 2, 0.45), (["{good}", "--check"], 0, 0.5)],
 )
-def test_help_and_refusal_are_quick(tmp_path: Path, arguments: list[str], code: int, seconds: float) -> None:
+def test_help_and_checks_are_quick(tmp_path: Path, arguments: list[str], code: int, seconds: float) -> None:
     """The best of 5 processes keeps the limit, in CPU seconds, which other processes disturb little."""
-    recipe = tmp_path / "r.yaml"
+    recipe, good = tmp_path / "r.yaml", ROOT / "configs/quickstart.yaml"
     recipe.write_text("modle: {}\ntrain: {lr: 1, epochs: x}\nadapter: {rank: 0}\n")
     best = 60.0
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = _python("-m", "lora_cli", *(part.format(recipe=recipe) for part in arguments))
+        result = _python("-m", "lora_cli", *(part.format(recipe=recipe, good=good) for part in arguments))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         best = min(best, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         assert result.returncode == code, result.stderr

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from command_line import ROOT, run_here
-from toy import write_base, write_recipe
+from toy import write_recipe
 
 from lora_cli import disk, pipeline
 from lora_cli.errors import ResourceError
@@ -20,12 +20,6 @@ from lora_cli.recipe.load import load_recipe
 from lora_cli.runtime.run_folder import RunFolder
 
 NAMESPACE = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from command_line import COMMANDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_folders import CONFIG, safetensors_bytes, write_model
-from toy import CHATML, rows, write_base, write_recipe, write_rows
+from toy import CHATML, rows, write_recipe, write_rows
 
 from lora_cli.cli import train_main
 from lora_cli.recipe.keys import all_keys
@@ -105,12 +105,6 @@ def fuzz(full: bool, record_property: pytest.RecordProperty) -> Fuzz:
         record_property("cases", tried)
 
     return run
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture()

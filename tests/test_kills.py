@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fork_server import OUTPUT, ForkServer, differences, environment, fork_server, leftovers, result_of
-from toy import write_base
+from forked_commands import ERRORS, ForkServer, environment
+from run_results import differences, leftovers, result_of
 from toy_methods import METHODS, write_method
 
 pytestmark = pytest.mark.reliability("kills")
@@ -20,19 +20,6 @@ NAMES = list(METHODS)
 CONSOLE = (3, 9)
 """Cases that run the plain command, imports included; the others run in forked processes."""
 COMMAND = [sys.executable, "-c", "import sys; from lora_cli.cli import train_main; sys.exit(train_main())"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    """Start processes without importing torch in each."""
-    with fork_server() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +33,7 @@ def uninterrupted(
         if method not in known:
             folder = tmp_path_factory.mktemp(method)
             recipe = write_method(folder, base, method)
-            seconds = server.run(folder, [recipe.name])
+            seconds = server.succeed(folder, "train", recipe.name)
             known[method] = result_of(folder / "run"), seconds
         return known[method]
 
@@ -55,7 +42,7 @@ def uninterrupted(
 
 def killed(server: ForkServer, folder: Path, seconds: float) -> bool:
     """Kill a run after so many seconds; say whether it still ran."""
-    server.start(folder, ["recipe.yaml"])
+    server.start(folder, "train", "recipe.yaml")
     if server.code(seconds) is not None:
         return False
     return server.kill() == -signal.SIGKILL
@@ -103,7 +90,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
         for _ in range(draw.randrange(3) if case % 3 == 0 else 0):
             killed(server, tmp_path, draw.random() * seconds)
     record_property("killed_at", round(moment / seconds, 3))
-    server.run(tmp_path, ["recipe.yaml"])
+    server.succeed(tmp_path, "train", "recipe.yaml")
     assert differences(result_of(tmp_path / "run"), expected) == []
     assert leftovers(tmp_path) == []
 
@@ -123,7 +110,7 @@ def test_kills_in_a_row_make_progress(
     write_method(tmp_path, base, method)
     reached, kills = 0, 0
     while reached < 10:
-        server.start(tmp_path, ["recipe.yaml"])
+        server.start(tmp_path, "train", "recipe.yaml")
         deadline = time.monotonic() + 60
         code = None
         while code is None and _newest(tmp_path) <= reached:
@@ -133,11 +120,11 @@ def test_kills_in_a_row_make_progress(
             code = server.code(draw.random() * 0.05 * seconds)
         if code is None:
             kills += server.kill() == -signal.SIGKILL
-        assert _newest(tmp_path) > reached, (tmp_path / OUTPUT).read_text()
+        assert _newest(tmp_path) > reached, (tmp_path / ERRORS).read_text()
         reached = _newest(tmp_path)
     assert kills >= 3
     record_property("kills", kills)
-    server.run(tmp_path, ["recipe.yaml"])
+    server.succeed(tmp_path, "train", "recipe.yaml")
     assert differences(result_of(tmp_path / "run"), expected) == []
 
 

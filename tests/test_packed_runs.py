@@ -11,7 +11,7 @@ import pytest
 import torch
 from packed_models import LEAKS, make
 from test_processes import in_two_processes, losses_of, tensors_of
-from toy import write_base, write_recipe, write_tokenizer
+from toy import write_recipe, write_tokenizer
 
 from lora_cli import pipeline
 from lora_cli.cli import main
@@ -28,12 +28,6 @@ def answers(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="module")
 def leaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model that does not keep documents apart, with our toy tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "leaking"
@@ -43,10 +37,7 @@ def leaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the token cache of each test apart."""
-    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_a_packed_run_is_the_padded_one(tmp_path: Path, base: Path) -> None:

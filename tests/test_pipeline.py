@@ -24,12 +24,6 @@ from lora_cli.recipe.load import load_recipe
 Run = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
-
-
 @pytest.fixture()
 def job(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that trains the toy recipe with changes and returns the summary."""

@@ -15,7 +15,7 @@ import torch
 from command_line import ROOT, Result, run_here, snapshot
 from lora_variants import difference, stir
 from plain_lora_readers import as_llama_cpp, check_plain, read
-from toy import write_base, write_recipe
+from toy import write_recipe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli.errors import InputError
@@ -24,12 +24,6 @@ from lora_cli.runtime.run_folder import MARK
 
 DORA = {"method": "dora", "rank": 4, "alpha": 8}
 Merge = Callable[..., Result]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a small model."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")

@@ -20,17 +20,7 @@ from toy import lora, rows, write_base, write_recipe, write_rows
 from lora_cli import pipeline
 from lora_cli.recipe.load import load_recipe
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the token cache of each test apart."""
-    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Result, run_here, run_process
-from toy import write_base, write_recipe
+from toy import write_recipe
 
 from lora_cli import pipeline
 from lora_cli.models import load
@@ -116,12 +116,6 @@ PLANTS: dict[str, Plant] = {
     "token as a key to allow": Plant(HF, arguments=["--allow", HF], told="unknown key"),
     "token in a comment": Plant(HF, recipe=f"# my token is {HF}", code=0),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy base."""
-    return write_base(tmp_path_factory.mktemp("secrets") / "base")
 
 
 @pytest.fixture()

@@ -14,7 +14,7 @@ import yaml
 from command_line import run_here, snapshot
 from safetensors.torch import load_file, save_file
 from sealed import reseal
-from toy import lora, rows, write_base, write_recipe, write_rows
+from toy import lora, rows, write_recipe, write_rows
 
 from lora_cli import adapters, pipeline, without_training
 from lora_cli.errors import InputError
@@ -36,16 +36,7 @@ BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 ADAPTERS: tuple[Any, ...] = get_args(get_args(Adapter)[0])
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep tokens in the test's own folder."""
-    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture()

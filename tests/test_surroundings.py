@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fork_server import OUTPUT, ForkServer, differences, fork_server, leftovers, result_of
-from toy import rows, write_base, write_rows
+from forked_commands import ERRORS, OUTPUT, ForkServer
+from run_results import differences, leftovers, result_of
+from toy import rows, write_rows
 from toy_methods import write_method
 
 pytestmark = pytest.mark.reliability("surroundings")
@@ -19,23 +19,10 @@ HOUR = 3600.0
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    """Start processes in the surroundings that the tests themselves run in, of UTF-8."""
-    with fork_server(LC_ALL="C.UTF-8", TZ="UTC", PYTHONHASHSEED="0") as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="module")
 def elsewhere(server: ForkServer, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Return the result of the job in the usual surroundings."""
     folder = write_job(tmp_path_factory.mktemp("job"), base)
-    server.run(folder, ["recipe.yaml"])
+    server.succeed(folder, "train", "recipe.yaml")
     return result_of(folder / "run")
 
 
@@ -50,10 +37,11 @@ def write_job(folder: Path, base: Path, **changes: Any) -> Path:
 def test_a_locale_of_ascii(elsewhere: dict[str, object], base: Path, tmp_path: Path) -> None:
     """LC_ALL=C, with an output that takes ASCII alone: the same bytes, and nothing else is printed."""
     write_job(tmp_path, base)
-    with fork_server(LC_ALL="C", PYTHONIOENCODING="ascii") as server:
-        server.run(tmp_path, ["recipe.yaml"])
+    with ForkServer(LC_ALL="C", PYTHONIOENCODING="ascii") as server:
+        server.succeed(tmp_path, "train", "recipe.yaml")
     assert differences(result_of(tmp_path / "run"), elsewhere) == []
     printed = (tmp_path / OUTPUT).read_bytes()
+    assert (tmp_path / ERRORS).read_bytes() == b""
     assert printed.isascii()
     assert b"done" in printed
 
@@ -66,8 +54,8 @@ def test_a_turkish_locale_and_another_order_of_sets(
     Where the locale is not installed, the C library stays with its own and the variables alone are tried.
     """
     write_job(tmp_path, base)
-    with fork_server(LC_ALL="tr_TR.UTF-8", LANG="tr_TR.UTF-8", PYTHONHASHSEED="77") as server:
-        server.run(tmp_path, ["recipe.yaml"])
+    with ForkServer(LC_ALL="tr_TR.UTF-8", LANG="tr_TR.UTF-8", PYTHONHASHSEED="77") as server:
+        server.succeed(tmp_path, "train", "recipe.yaml")
     assert differences(result_of(tmp_path / "run"), elsewhere) == []
 
 
@@ -76,8 +64,8 @@ def test_another_time_zone_and_a_decimal_comma(
 ) -> None:
     """TZ at the other end of the world and a German locale: the same bytes."""
     write_job(tmp_path, base)
-    with fork_server(LC_ALL="de_DE.UTF-8", TZ="Pacific/Kiritimati") as server:
-        server.run(tmp_path, ["recipe.yaml"])
+    with ForkServer(LC_ALL="de_DE.UTF-8", TZ="Pacific/Kiritimati") as server:
+        server.succeed(tmp_path, "train", "recipe.yaml")
     assert differences(result_of(tmp_path / "run"), elsewhere) == []
 
 
@@ -89,16 +77,16 @@ def test_a_clock_that_is_moved_back(
     checkpoints = tmp_path / "run" / "checkpoints"
     shifts = [0.0, -HOUR, 315532800.0 - time.time(), 50 * 365 * 24 * HOUR]
     for stop, shift in zip((2, 5), shifts, strict=False):
-        server.start(tmp_path, ["recipe.yaml"], clock=shift)
+        server.start(tmp_path, "train", "recipe.yaml", clock=shift)
         while not (checkpoints / f"step-{stop}").is_dir():
             assert server.code(0.005) is None
         assert server.kill() == -signal.SIGKILL
         _swap_ages(checkpoints)
     steps = [int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")]
-    server.run(tmp_path, ["recipe.yaml"], clock=shifts[2])
+    server.succeed(tmp_path, "train", "recipe.yaml", clock=shifts[2])
     assert f"continuing after step {max(steps)}" in (tmp_path / OUTPUT).read_text()
     assert differences(result_of(tmp_path / "run"), elsewhere) == []
-    server.run(tmp_path, ["recipe.yaml"], clock=shifts[3])
+    server.succeed(tmp_path, "train", "recipe.yaml", clock=shifts[3])
     assert "finished already" in (tmp_path / OUTPUT).read_text()
     assert leftovers(tmp_path) == []
 

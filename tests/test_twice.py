@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fork_server import ForkServer, differences, fork_server, result_of
+from forked_commands import ForkServer
+from run_results import differences, result_of
 from safetensors.torch import load_file
-from toy import write_base
 from toy_methods import METHODS, write_method
 
 pytestmark = pytest.mark.reliability("twice")
@@ -22,16 +22,10 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[tuple[ForkServer, ForkServer]]:
+def servers(server: ForkServer) -> Iterator[tuple[ForkServer, ForkServer]]:
     """Two parents of processes, in which Python orders sets of texts differently."""
-    with fork_server(PYTHONHASHSEED="1") as one, fork_server(PYTHONHASHSEED="2") as other:
-        yield one, other
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
+    with ForkServer(PYTHONHASHSEED="2") as other:
+        yield server, other
 
 
 @pytest.mark.cases(7, 21)
@@ -46,7 +40,7 @@ def test_a_recipe_gives_the_same_bytes_twice(
     for place, server in zip(("one", "other"), servers, strict=True):
         folder = tmp_path / place / "job"
         write_method(folder, base, method, **variant)
-        server.run(folder, ["recipe.yaml"])
+        server.succeed(folder, "train", "recipe.yaml")
         results.append(result_of(folder / "run"))
         files = sorted((folder / "run" / "checkpoints" / "step-10").glob("*.safetensors"))
         states.append(

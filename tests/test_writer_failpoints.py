@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from forked_commands import ForkServer
-from toy import write_base, write_recipe
+from forked_commands import Ended, ForkServer
+from toy import write_recipe
 
 from lora_cli.failpoints import STEPS
 from lora_cli.manifest import sha256_of, verify
@@ -35,6 +35,10 @@ class Setting:
     cache: Path
     straight: Path
 
+    def run(self, *arguments: str | Path, **how: Any) -> Ended:
+        """Run `lora ARGUMENTS`; `how` as `ForkServer.start` has it."""
+        return self.server.run(self.cache.parent, *arguments, **how)
+
     def recipe(self, folder: Path) -> Path:
         """Write the recipe of a run in `folder`: four steps, two saves, two exports."""
         return write_recipe(
@@ -44,15 +48,12 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+def setting(tmp_path_factory: pytest.TempPathFactory, base: Path, server: ForkServer) -> Setting:
     """Return what the cases share."""
     folder = tmp_path_factory.mktemp("writer")
-    with ForkServer(folder) as server:
-        made = Setting(server, write_base(folder / "base"), folder / "cache", folder / "straight" / "run")
-        recipe = made.recipe(folder / "straight")
-        ended = server.run("train", recipe, environment={"LORA_CLI_CACHE": str(made.cache)})
-        assert ended.code == 0, ended.errors
-        yield made
+    made = Setting(server, base, folder / "cache", folder / "straight" / "run")
+    server.succeed(folder, "train", made.recipe(folder / "straight"))
+    return made
 
 
 def public_folders(*places: Path) -> list[Path]:
@@ -87,7 +88,7 @@ def test_a_failing_writer_leaves_only_whole_folders(setting: Setting, tmp_path: 
         name = "step-2"
     environment = {"LORA_CLI_CACHE": str(setting.cache)}
     failpoint = {"LORA_FAILPOINT": f"{step}:{kind}:{name}"}
-    ended = setting.server.run(*command, environment=environment | failpoint)
+    ended = setting.run(*command, environment=environment | failpoint)
 
     if kind == "kill":
         assert ended.code == -9, ended.errors
@@ -102,7 +103,7 @@ def test_a_failing_writer_leaves_only_whole_folders(setting: Setting, tmp_path: 
         assert (run / "checkpoints" / "step-2").is_dir()
     assert not (run / "summary.json").exists()
 
-    again = setting.server.run(*command, environment=environment)
+    again = setting.run(*command, environment=environment)
     assert again.code == 0, again.errors
     assert hidden(run) == []
     folders = public_folders(run)
@@ -119,13 +120,13 @@ def test_a_killed_merge_leaves_no_output(setting: Setting, tmp_path: Path, step:
     """lora-merge killed in its writer leaves a whole output or none; the same command then writes the run's bytes."""
     environment = {"LORA_CLI_CACHE": str(setting.cache)}
     command = ("merge", setting.straight, "--output", tmp_path / "out")
-    ended = setting.server.run(*command, environment=environment | {"LORA_FAILPOINT": f"{step}:kill:out"})
+    ended = setting.run(*command, environment=environment | {"LORA_FAILPOINT": f"{step}:kill:out"})
     assert ended.code == -9
     if step == "after-rename":
         verify(tmp_path / "out")
         return
     assert not (tmp_path / "out").exists()
-    again = setting.server.run(*command, environment=environment)
+    again = setting.run(*command, environment=environment)
     assert again.code == 0, again.errors
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sha256_of(tmp_path / "out" / "model.safetensors") == sha256_of(setting.straight / RESULTS[1])
@@ -135,13 +136,11 @@ def test_a_killed_tokenization_leaves_no_cache(setting: Setting, tmp_path: Path)
     """A cache whose writer was killed is not there; the rerun writes it and trains to the same bytes."""
     recipe = setting.recipe(tmp_path)
     environment = {"LORA_CLI_CACHE": str(tmp_path / "cache")}
-    ended = setting.server.run(
-        "train", recipe, environment=environment | {"LORA_FAILPOINT": "after-sync:kill"}
-    )
+    ended = setting.run("train", recipe, environment=environment | {"LORA_FAILPOINT": "after-sync:kill"})
     assert ended.code == -9
     assert not (tmp_path / "run").exists()
     assert public_folders(tmp_path / "cache") == []
-    assert setting.server.run("train", recipe, environment=environment).code == 0
+    assert setting.run("train", recipe, environment=environment).code == 0
     (cache,) = public_folders(tmp_path / "cache")
     verify(cache)
     assert [path for path in cache.parent.iterdir() if path.name.startswith(".")] == []
@@ -151,7 +150,7 @@ def test_a_killed_tokenization_leaves_no_cache(setting: Setting, tmp_path: Path)
 @pytest.mark.parametrize("value", ["nowhere:kill", "after-rename:explode", "after-rename:half"])
 def test_a_wrong_failpoint_is_refused(setting: Setting, tmp_path: Path, value: str) -> None:
     """A step or a kind that does not exist exits 2 before anything is written."""
-    ended = setting.server.run("train", setting.recipe(tmp_path), environment={"LORA_FAILPOINT": value})
+    ended = setting.run("train", setting.recipe(tmp_path), environment={"LORA_FAILPOINT": value})
     assert ended.code == 2
     assert ended.errors.startswith("error: LORA_FAILPOINT: ")
     assert not (tmp_path / "run").exists()
@@ -161,20 +160,20 @@ def test_a_file_cut_to_half_and_killed_is_not_published(setting: Setting, tmp_pa
     """The kind `half` cuts a file of the adapter and kills; no adapter is there, and the rerun has it whole."""
     recipe, environment = setting.recipe(tmp_path), {"LORA_CLI_CACHE": str(setting.cache)}
     failpoint = {"LORA_FAILPOINT": "file-written:half:adapter"}
-    assert setting.server.run("train", recipe, environment=environment | failpoint).code == -9
+    assert setting.run("train", recipe, environment=environment | failpoint).code == -9
     assert not (tmp_path / "run" / "adapter").exists()
-    assert setting.server.run("train", recipe, environment=environment).code == 0
+    assert setting.run("train", recipe, environment=environment).code == 0
     assert sha256_of(tmp_path / "run" / RESULTS[0]) == sha256_of(setting.straight / RESULTS[0])
 
 
 def test_a_file_that_may_not_grow_exits_4(setting: Setting, tmp_path: Path) -> None:
     """Under a real limit on a file's size a save exits 4 with one line and leaves nothing; the rerun completes."""
     recipe, environment = setting.recipe(tmp_path), {"LORA_CLI_CACHE": str(setting.cache)}
-    ended = setting.server.run("train", recipe, environment=environment, file_bytes=50_000)
+    ended = setting.run("train", recipe, environment=environment, file_bytes=50_000)
     assert ended.code == 4, ended.errors
     assert len(ended.errors.splitlines()) == 1
     assert "step-2" in ended.errors
     assert "ulimit" in ended.errors
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
-    assert setting.server.run("train", recipe, environment=environment).code == 0
+    assert setting.run("train", recipe, environment=environment).code == 0
     assert sha256_of(tmp_path / "run" / RESULTS[0]) == sha256_of(setting.straight / RESULTS[0])

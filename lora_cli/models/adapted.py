@@ -12,9 +12,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from lora_cli.models.output_head import OutputHead
 from lora_cli.types import IGNORED, Batch, Documents
 
 
@@ -34,11 +35,14 @@ class AdaptedModel:
         frozen_copy: Mapping[str, Tensor] | None = None,
         *,
         packs: bool = False,
+        head: OutputHead | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
         self.packs = packs
         """Whether rows may share a sequence: each was seen to be kept apart in this very model (`packing.py`)."""
+        self.head = head
+        """What makes the losses without all logits; None: they are made of the model's own logits."""
         self._frozen_copy = frozen_copy or {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -53,26 +57,49 @@ class AdaptedModel:
         frozen = (weight.dtype for weight in self.model.parameters() if not weight.requires_grad)
         return next(frozen, self.model.dtype)
 
+    def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return each trained token's negative log-likelihood (N,) float32, with its gradient.
+
+        In evaluation the second is whether the token was the most likely one, (N,) bool; None while training. Tokens
+        come row by row as in `batch.labels[:, 1:]`, so that what a row sums to, a log-probability of an answer, say,
+        is a sum over its part of them. No logits of more than a few tokens are alive at a time where `head` is known.
+        """
+        best = not self.model.training
+        if self.head is None:
+            logits, wanted = self.trained_logits(batch)
+            losses = nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+            return losses, logits.argmax(dim=-1) == wanted if best else None
+        targets = batch.labels[:, 1:]
+        rows, places = (targets != IGNORED).nonzero(as_tuple=True)
+        hidden = self.head.hidden(**self._arguments(batch))
+        # Index by index: the backward pass of a boolean mask would sort.
+        chosen = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)  # (N, H)
+        return self.head.token_losses(chosen, targets[rows, places], best=best)
+
     def trained_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) that predict each trained token, and those tokens (N,)."""
         targets = batch.labels[:, 1:]
         trained = targets != IGNORED  # (B, T-1): position t predicts token t+1
-        arguments: dict[str, Tensor | Documents] = {}
+        arguments = self._arguments(batch)
         columns = trained.any(dim=0).nonzero().squeeze(1)  # positions that predict a trained token in any row
         if self._keeps_logits:
             # The head is the largest product of small models; it is applied only where some row trains.
             arguments["logits_to_keep"] = columns
+        output = self.model(**arguments, use_cache=False)
+        logits = output.logits if self._keeps_logits else output.logits[:, columns]
+        chosen = trained[:, columns]
+        return logits[chosen], targets[:, columns][chosen]
+
+    def _arguments(self, batch: Batch) -> dict[str, Tensor | Documents | None]:
+        """Return what the model is called with, but for `use_cache`: false, or a document would see the one before."""
+        arguments: dict[str, Tensor | Documents | None] = {
+            "input_ids": batch.input_ids, "attention_mask": batch.attention_mask
+        }  # fmt: skip
         if batch.documents is not None:
             assert self.packs
             assert batch.position_ids is not None
             arguments |= {"position_ids": batch.position_ids, "documents": batch.documents}
-        # A cache would let a document see the one before it, whatever its positions.
-        output = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **arguments
-        )
-        logits = output.logits if self._keeps_logits else output.logits[:, columns]
-        chosen = trained[:, columns]
-        return logits[chosen], targets[:, columns][chosen]
+        return arguments
 
     @torch.no_grad()
     def generate(

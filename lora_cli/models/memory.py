@@ -1,12 +1,15 @@
-"""Out of memory: how it is told from other faults, and the size of a forward pass, halved where one does not fit."""
+"""Memory: how much is free, how a want of it is told from other faults, and how large a pass may be."""
 
 from __future__ import annotations
 
 import gc
+import math
+import re
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -34,6 +37,76 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that this process could still take: of the GPU, or of the machine within its limits.
+
+    A CPU's are what the kernel calls available, at most what the control groups and the address space leave; inf where
+    nothing says how much that is.
+    """
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    return min(
+        [_available(Path("/proc/meminfo")), *_left_in_groups(Path("/proc/self/cgroup")), _address_space()]
+    )
+
+
+def _available(meminfo: Path) -> float:
+    try:
+        found = re.search(r"^MemAvailable: +(\d+) kB", meminfo.read_text(), re.MULTILINE)
+    except OSError:
+        return math.inf
+    return int(found[1]) * 1024 if found else math.inf
+
+
+def _left_in_groups(membership: Path, mounts: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
+    """Yield what each control group above this process leaves: version 2, or the memory controller of version 1."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        limit, usage = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else _VERSION_2
+        root = mounts / controllers
+        # Within a container the path may be that of the host, whose folders are not seen: the root is the container's.
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                yield _left(folder, limit, usage)
+
+
+_VERSION_2 = ("memory.max", "memory.current")
+
+
+def _left(folder: Path, limit: str, usage: str) -> float:
+    try:
+        bound, used = ((folder / name).read_text().strip() for name in (limit, usage))
+        stat = (folder / "memory.stat").read_text()
+    except OSError:
+        return math.inf
+    # Pages of files count as used, and are given back where memory is wanted.
+    files = [int(size) for size in re.findall(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)]
+    return math.inf if bound == "max" else int(bound) - int(used) + max(files, default=0)
+
+
+def _address_space() -> float:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return math.inf
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    return float(limit - mapped)
+
+
+def forget(device: torch.device) -> None:
+    """Give back what a failed pass held: it lives on in its frames until the fault is forgotten, and in cycles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -82,10 +155,7 @@ class PassSize:
             ResourceError: it was one row.
         """
         rows, longest = len(lengths), max(lengths)
-        # What the failed pass held lives on in its frames until the fault is forgotten; cycles among them need this.
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget(device)
         if rows == 1:
             raise ResourceError(
                 f"{self._passes}: out of memory: one row of {longest:,} tokens does not fit: {first}; at most"

@@ -24,21 +24,21 @@ Metrics = dict[str, float]
 
 
 def batch_tokens(wanted: int | str, model: AdaptedModel, *, at_most: dict[str, int]) -> int:
-    """Return the padded tokens of a forward pass: as `wanted`, or for `auto` what the logits leave room for.
+    """Return the padded tokens of a forward pass: as `wanted`, or for `auto` the `at_most` of the model's device.
 
-    `at_most` is by device type. All logits of a pass are alive at once in two types, with their gradient about 12
-    bytes each: they get 2 GB on a CPU and 16 GB on a GPU.
+    Where the model's own logits have to be made, all of a pass are alive at once in two types, with their gradient
+    about 12 bytes each: they get 2 GB on a CPU and 16 GB on a GPU.
     """
-    vocabulary = model.model.config.get_text_config().vocab_size
-    return tokens_of_pass(wanted, vocabulary, model.device.type, at_most=at_most)
-
-
-def tokens_of_pass(wanted: int | str, vocabulary: int, device: str, *, at_most: dict[str, int]) -> int:
-    """Return what `batch_tokens` does, for a model of which only the vocabulary is known; `device` is cpu or cuda."""
-    if isinstance(wanted, int):
-        return wanted
+    tokens, device = tokens_of_pass(wanted, model.device.type, at_most=at_most), model.device.type
+    if isinstance(wanted, int) or model.head is not None:
+        return tokens
     room = {"cpu": 2 * 10**9, "cuda": 16 * 10**9}[device]
-    return max(1, min(at_most[device], room // (12 * vocabulary)))
+    return max(1, min(tokens, room // (12 * model.model.config.get_text_config().vocab_size)))
+
+
+def tokens_of_pass(wanted: int | str, device: str, *, at_most: dict[str, int]) -> int:
+    """Return what `batch_tokens` does for a model that is not there yet; `device` is cpu or cuda."""
+    return wanted if isinstance(wanted, int) else at_most[device]
 
 
 class Objective(ABC):

@@ -1,4 +1,4 @@
-"""Rows of a step as packed micro-batches: bins by first-fit-decreasing, each one sequence without padding.
+"""Rows of a step as packed micro-batches: bins by first-fit-decreasing, each one sequence without padding between rows.
 
 First-fit-decreasing needs at most 11/9 of the fewest bins possible, plus 6/9 (Dosa 2007). Rows of equal length come to
 lie side by side in a bin, where the attention can take them together.
@@ -13,6 +13,13 @@ import torch
 from lora_cli.models.packing import documents, positions
 from lora_cli.objectives._base import Rows
 from lora_cli.types import IGNORED, Batch
+
+STEP = 64
+"""What the length of a sequence is a multiple of on a CPU, by a last document of which nothing is trained.
+
+A processor prepares the products of each length once and keeps them: in 60 steps of the quickstart, whose sequences
+have as many lengths, that comes to 0.5 GB and a tenth of the time.
+"""
 
 
 def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -45,22 +52,35 @@ def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_batches(rows: Rows, *, tokens: int, device: torch.device) -> list[Batch]:
-    """Return the rows as packed sequences of at most `tokens` tokens; a longer row is a batch of its own."""
+    """Return the rows as packed sequences of at most `tokens` tokens; a longer row is a batch of its own.
+
+    On a CPU a document follows that only fills the sequence up to a multiple of STEP, where there is room for it.
+    """
     lengths = [len(example.input_ids) for _, example in rows]
-    return [_pack([rows[index] for index in members], device) for members in bins(lengths, tokens)]
+    return [_pack([rows[index] for index in members], tokens, device) for members in bins(lengths, tokens)]
 
 
-def _pack(rows: Rows, device: torch.device) -> Batch:
+def _pack(rows: Rows, tokens: int, device: torch.device) -> Batch:
     lengths = tuple(len(example.input_ids) for _, example in rows)
-    ids = torch.cat([torch.from_numpy(example.input_ids.astype("int64")) for _, example in rows])[None]
-    trained = torch.cat([torch.from_numpy(example.trained.copy()) for _, example in rows])[None]
+    ids = torch.cat([torch.from_numpy(example.input_ids.astype("int64")) for _, example in rows])
+    trained = torch.cat([torch.from_numpy(example.trained.copy()) for _, example in rows])
+    filler = _filler(len(ids), tokens) if device.type == "cpu" else 0
+    if filler:
+        lengths = (*lengths, filler)
+        ids, trained = (torch.nn.functional.pad(part, (0, filler)) for part in (ids, trained))
+    places = positions(lengths, ids.device)
     # The token before a document's first one belongs to another document.
-    first = positions(lengths, ids.device) == 0
+    labels = torch.where(trained & (places[0] != 0), ids, IGNORED)
     return Batch(
-        ids.to(device, non_blocking=True),
+        ids[None].to(device, non_blocking=True),
         None,
-        torch.where(trained & ~first, ids, IGNORED).to(device, non_blocking=True),
+        labels[None].to(device, non_blocking=True),
         tuple(row for row, _ in rows),
-        positions(lengths, device),
+        places.to(device, non_blocking=True),
         documents(lengths, device),
     )
+
+
+def _filler(length: int, tokens: int) -> int:
+    """Return how many tokens make a sequence as long as few others are, within a pass of `tokens`."""
+    return max(0, min(-(-length // STEP) * STEP, tokens) - length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives._base import Metrics, Objective, Rows, pad_batches
@@ -31,11 +31,8 @@ class Sft(Objective):
 
     def loss_sum(self, model: AdaptedModel, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the summed negative log-likelihood, and in evaluation how many tokens were the most likely one."""
-        logits, targets = model.trained_logits(batch)  # (N, V), (N,)
-        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-        if model.model.training:
-            return loss, {}
-        return loss, {"correct": float((logits.argmax(dim=-1) == targets).sum())}
+        losses, correct = model.token_losses(batch)  # (N,)
+        return losses.sum(), {} if correct is None else {"correct": float(correct.sum())}
 
 
 OBJECTIVE = Sft

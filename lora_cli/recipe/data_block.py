@@ -113,8 +113,7 @@ class Data(Section):
     """How rows are laid out in a forward pass of training or held-out loss. true: several in one sequence without
     padding, each with positions of its own and blind to the others; refused where a trial on the model shows otherwise.
     false: padded to the longest, rows of like length together. The loss and its gradient are the same; the draws of a
-    dropout are not. auto: on a GPU true where the model passes the trial; on a CPU false, where true is faster only for
-    rows of very unequal lengths."""
+    dropout are not. auto: true where the model passes the trial, else false."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What happens to rows that cannot be used as they are. stop: nothing is trained; the first five are named. skip:
     they are left out and counted, up to max_bad_rows."""

@@ -63,7 +63,16 @@ class Train(Section):
     """Sequences per optimizer step, over all processes and micro-batches."""
     micro_batch_tokens: Literal["auto"] | PositiveInt = "auto"
     """Tokens per forward pass, padding counted; a step is split into as many passes as needed, with the same result (up
-    to the draws of a dropout). auto: at most 4096 on a CPU and 16384 on a GPU, less for a large vocabulary."""
+    to the draws of a dropout). auto: 4096 on a CPU and 16384 on a GPU, less for a large vocabulary where a
+    model's code allows its losses only from all logits."""
+    activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
+    """What a pass keeps of the decoder layers for its backward pass; a gradient has the same bits either way. keep: all
+    that it needs. recompute: each layer's input, from which it is computed again, in about 1.4 times the time. offload:
+    the same, and on a GPU the inputs wait in the CPU's memory. auto: keep what has room, recompute the rest."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile before the first step: one layer's code for all, for rows of any
+    length. A loss may change in its last bits. Where a layer cannot be compiled, or there is no compiler, a line says
+    so and the run goes on without."""
     learning_rate: Annotated[float, Field(gt=0, le=10.0)] = 2.0e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "polynomial", "inverse_sqrt"] = "cosine"
@@ -142,8 +151,8 @@ class Evaluate(Section):
     max_new_tokens: Literal["auto"] | PositiveInt = "auto"
     """Longest generated answer, in tokens. auto: the longest reference answer, since a longer one cannot match."""
     batch_tokens: Literal["auto"] | PositiveInt = "auto"
-    """Padded tokens per forward pass (prompt and answer). auto: at most 8192 on a CPU and 65536 on a
-    GPU, less for a large vocabulary."""
+    """Padded tokens per forward pass (prompt and answer). auto: 8192 on a CPU and 65536 on a GPU, less
+    for a large vocabulary where a model's code allows its losses only from all logits."""
 
 
 class Run(Section):

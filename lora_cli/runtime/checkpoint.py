@@ -49,6 +49,8 @@ class State:
     """Step of the last held-out loss: a run that was stopped while it took one makes up for it."""
     micro_batch_tokens: int | None = None
     """Where less fits into memory than the recipe wants: tokens of a forward pass."""
+    compiled: bool = False
+    """Whether the decoder layers were compiled, which changes the last bits of what they compute."""
     skipped: int = 0
     """Steps that were not applied, as they stood out; `recent_*` are of the last steps that were."""
     skipped_in_a_row: int = 0

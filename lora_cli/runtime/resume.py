@@ -26,6 +26,7 @@ MAY_CHANGE = BY_CONTENT | {
     "train.epochs",
     "train.max_steps",
     "train.micro_batch_tokens",
+    "train.activations",
     "train.log_every",
     "train.eval_every",
     "train.save_every",
@@ -37,7 +38,7 @@ MAY_CHANGE = BY_CONTENT | {
 """With more steps the schedule continues as f(step, new total). The other keys do not enter an update (micro-batches
 do, through the draws of a dropout)."""
 
-NOT_COMPARED = BY_CONTENT | {"run.output", "run.device", "train.log_every"}
+NOT_COMPARED = BY_CONTENT | {"run.output", "run.device", "train.log_every", "train.activations"}
 """Keys in which a finished run may differ from what is asked for."""
 
 FIXED = {

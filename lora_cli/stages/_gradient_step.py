@@ -23,6 +23,8 @@ from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Stopwatch
 from lora_cli.runtime.optim import MasterAdamW
 from lora_cli.stages import _spikes
+from lora_cli.stages._activations import Activations
+from lora_cli.stages._compilation import compile_layers
 from lora_cli.stages._micro_batches import MicroBatches, Passes
 from lora_cli.types import Example, Examples, Progress
 
@@ -63,10 +65,15 @@ class GradientStep:
             keep_masters=method.keep_masters,
             seed=seed,
         )
-        self.passes = MicroBatches(
-            model, method, objective, examples, self.optimizer, self.tokens, seed, rt, log
-        )
         self._follow_method()
+        self.compiled = settings.compile and compile_layers(
+            model, objective, examples, self.optimizer.zero_grad, log
+        )
+        activations = Activations(settings.activations, model, objective, rt.world_size, log)
+        self.passes = MicroBatches(
+            model, method, objective, examples, self.optimizer, activations, self.tokens, seed, rt, log
+        )
+        self.state.compiled = self.compiled
 
     def take(self) -> dict[str, float]:
         """Make one update and return the step's metrics; empty, with nothing changed, where a process is to stop.
@@ -120,7 +127,8 @@ class GradientStep:
         return metrics | ({"skipped": state.skipped} if self.settings.skip_spikes is not None else {})
 
     def try_out(self) -> None:
-        """Make the longest passes to come, so that one that does not fit into memory fails before the first update.
+        """Choose what the passes keep, and make the longest ones to come, so that one that does not fit into memory
+        fails before the first update.
 
         On a CPU, where a pass costs what it costs in training, only if that is little of the run. No weight, count or
         random stream is changed.
@@ -135,6 +143,8 @@ class GradientStep:
             lengths, state.step, self.total, batch_size=batch_size, seed=self.seed
         )
         rows = self._rows_of(longest)
+        if rows:
+            self.passes.settle_activations(rows, Progress(longest, self.total))
         costs = min(2 * self.passes.size.tokens, sum(len(example.input_ids) for _, example in rows))
         to_come = float(lengths.mean()) * batch_size * (self.total - state.step)
         if rows and (self.model.device.type != "cpu" or costs <= _TRIAL_SHARE * to_come):
@@ -151,6 +161,12 @@ class GradientStep:
             self.method.load_state_dict(method)  # first: what is trained may depend on it
             self._follow_method()
             self.optimizer.load_state_dict(optimizer)
+        if state.compiled != self.compiled:
+            was, now = ("compiled" if one else "plain" for one in (state.compiled, self.compiled))
+            self.log(
+                f"resume: warning: not bit-identical to a run in one piece: decoder layers {was} -> {now}"
+            )
+            state.compiled = self.compiled
         self.passes.size.tokens = min(self.tokens, state.micro_batch_tokens or self.tokens)
         return state
 

@@ -3,9 +3,9 @@
 The dropout of a pass is drawn from a stream that its seed, step and rows name, so that a step that is made again, after
 a stop or in smaller passes, draws what it would have drawn.
 
-A pass that does not fit into memory ends the step: its gradients are dropped and it begins again in passes of half the
-rows, which is the step that the smaller size would have made from the start. Nothing has to be known of how far a
-failed backward pass came.
+A pass that does not fit into memory ends the step: its gradients are dropped and it begins again, first with all layers
+recomputed, to the same bits, then in passes of half the rows, which is the step that the smaller size would have made
+from the start. Nothing has to be known of how far a failed backward pass came.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lora_cli.adapters import Method
 from lora_cli.models.adapted import AdaptedModel
-from lora_cli.models.memory import PassSize, attempt
+from lora_cli.models.memory import PassSize, attempt, forget
 from lora_cli.objectives import Objective
 from lora_cli.objectives._base import Rows
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.optim import MasterAdamW
 from lora_cli.seeding import stream_seed
+from lora_cli.stages._activations import Activations
 from lora_cli.types import Batch, Examples, Progress
 
 REMEDY = "lower data.max_length, or set model.quantize: nf4"
@@ -51,14 +53,16 @@ class MicroBatches:
         objective: Objective,
         examples: Examples,
         optimizer: MasterAdamW,
+        activations: Activations,
         tokens: int,
         seed: int,
         rt: Runtime,
         log: Callable[[str], None],
     ) -> None:
         self.model, self.method, self.objective, self.examples = model, method, objective, examples
-        self.optimizer, self.seed, self.rt = optimizer, seed, rt
-        self.size = PassSize(tokens, "train.micro_batch_tokens", REMEDY, log)
+        self.optimizer, self.activations, self.seed, self.rt = optimizer, activations, seed, rt
+        remedy = f"set train.activations: auto, or {REMEDY}" if activations.wanted == "keep" else REMEDY
+        self.size = PassSize(tokens, "train.micro_batch_tokens", remedy, log)
         self._last: Batch | None = None
         """The micro-batch whose pass was begun last."""
 
@@ -79,8 +83,15 @@ class MicroBatches:
                 passes = self._add_up(batches, progress.step, units)
             if not tried.failed:
                 return passes
-            self._halve()
+            self._make_room()
             batches = self.split(rows, progress)
+
+    def settle_activations(self, rows: Rows, progress: Progress) -> None:
+        """Choose what passes keep: room for one that is full of the longest of these rows; nothing computed stays."""
+        row = max(rows, key=lambda row: len(row[1].input_ids))
+        fitting = max(1, min(len(rows), self.size.tokens // len(row[1].input_ids)))
+        gradients = sum(4 * master.numel() for master in self.optimizer.masters.values())
+        self.activations.settle(row, fitting, progress, self.optimizer.bytes_to_come() + gradients)
 
     def try_out(self, rows: Rows, progress: Progress) -> None:
         """Make the longest and the largest pass of these rows as training makes them, and forget what they computed.
@@ -102,7 +113,7 @@ class MicroBatches:
             self.optimizer.zero_grad()
             if not tried.failed:
                 return
-            self._halve()
+            self._make_room()
 
     def not_finite(self, passes: Passes, step: int, units: float) -> Batch | None:
         """Return the first micro-batch whose loss or gradient is not finite; None where only their sum is.
@@ -120,31 +131,36 @@ class MicroBatches:
 
     def _add_up(self, batches: list[Batch], step: int, units: float) -> Passes:
         self.model.model.train()
-        passes = Passes(0.0, None, batches)
+        losses: list[Tensor] = []
         for batch in batches:
             if self.rt.stopping:
-                return passes
-            value = self._pass(batch, step, units)
-            if passes.suspect is None and not math.isfinite(value):
-                passes.suspect = batch
-            passes.loss += value
+                return Passes(0.0, None, batches)
+            losses.append(self._pass(batch, step, units))
         penalty = self.method.penalty()
         if penalty is not None:
             # Every process adds the same term; its gradient must count once in the sum.
             (penalty / self.rt.world_size).backward()
-        return passes
+        # Read once, and last: a GPU would stand still after each pass whose loss is asked for.
+        values = torch.stack(losses).tolist() if losses else []
+        suspects = (batch for batch, value in zip(batches, values, strict=True) if not math.isfinite(value))
+        return Passes(sum(value / units for value in values), next(suspects, None), batches)
 
-    def _pass(self, batch: Batch, step: int, units: float) -> float:
+    def _pass(self, batch: Batch, step: int, units: float) -> Tensor:
+        """Add a micro-batch's gradients, and return its summed loss, 0-d float32 on the device."""
         self._last = batch
         torch.manual_seed(stream_seed(self.seed, "dropout", step, *batch.rows))
         loss, _ = self.objective.loss_sum(self.model, batch)
         (loss / units).backward()
-        return float(loss.detach()) / units
+        return loss.detach()
 
-    def _halve(self) -> None:
+    def _make_room(self) -> None:
+        """Have what a pass keeps recomputed, or where it is already, make smaller passes."""
         assert self._last is not None
         self.optimizer.zero_grad()
-        self.size.halve(self._last, self.examples)
+        if self.activations.make_room():
+            forget(self.model.device)
+        else:
+            self.size.halve(self._last, self.examples)
 
     def _longest(self, batch: Batch) -> int:
         return max(int(self.examples.lengths[row]) for row in batch.rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from lora_cli.data.dataset import Dataset
@@ -13,18 +12,15 @@ from lora_cli.runtime import order
 from lora_cli.stages._gradient_step import MICRO_BATCH_TOKENS
 
 
-def epoch(recipe: Recipe, train: Dataset, config: Mapping[str, Any], device: str) -> dict[str, Any]:
+def epoch(recipe: Recipe, train: Dataset, device: str) -> dict[str, Any]:
     """Return steps and forward passes of the first epoch, in one process; `device` is cpu or cuda.
 
-    Rows are packed where the recipe wants it on this device and the model, which is not loaded here, passes its trial;
-    else padded.
+    Rows are packed where the recipe wants it and the model, which is not loaded here, passes its trial; else padded.
     """
     plan, rows = recipe.train, len(train)
     steps = order.steps_per_epoch(rows, plan.batch_size)
-    limit = tokens_of_pass(
-        plan.micro_batch_tokens, int(config.get("vocab_size", 1)), device, at_most=MICRO_BATCH_TOKENS
-    )
-    wanted = recipe.data.packing is True or (recipe.data.packing == "auto" and device != "cpu")
+    limit = tokens_of_pass(plan.micro_batch_tokens, device, at_most=MICRO_BATCH_TOKENS)
+    wanted = recipe.data.packing is not False
     tokens = padded = passes = packed = 0
     for step in range(steps):
         mine = order.rows_of_step(step, num_rows=rows, batch_size=plan.batch_size, seed=recipe.run.seed)

@@ -66,7 +66,7 @@ def run(
         "epoch": None,
     }
     if not unlearnt(said, consumes):
-        said["epoch"] = epoch(recipe, prepared.train, text_config, device)
+        said["epoch"] = epoch(recipe, prepared.train, device)
     said["findings"] = findings(said, recipe, text_config, consumes, refusals)
     said["rows"] = show_rows(recipe, splits, wanted, prepared, texts)
     return said

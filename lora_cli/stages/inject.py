@@ -19,6 +19,7 @@ from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, fastest_attention, load_model
 from lora_cli.models.nf4 import Quantization
+from lora_cli.models.output_head import OutputHead, find_head
 from lora_cli.models.packing import keep_apart
 from lora_cli.recipe.schema import Adapter
 from lora_cli.runtime.dist import Runtime
@@ -76,12 +77,13 @@ def run(
     check_rows_fit(model, prepared, max_generated=max_generated)
     _check_forward(model)
     packs = settle_packing(model, packing, log)
+    head = settle_head(model, packs, log)
     # With no adapter to switch off, the base survives only as a copy of the weights that will change.
     changing = {} if method.layers else method.trainable(model)
     frozen_copy = {name: parameter.detach().clone() for name, parameter in changing.items()}
     for line in size.lines(model, method, folder.name, adapter.method, dtype, quantization):
         log(line)
-    return AdaptedModel(model, method.placed(), frozen_copy, packs=packs), method
+    return AdaptedModel(model, method.placed(), frozen_copy, packs=packs, head=head), method
 
 
 def settle_packing(
@@ -92,9 +94,7 @@ def settle_packing(
     Raises:
         InputError: packing is asked for, and the model does not keep packed rows apart.
     """
-    # Each length of a sequence and of a document is a new shape of product, which a CPU first has to prepare and then
-    # keeps: on short rows that costs more time and memory than the padding does.
-    if packing is False or (packing == "auto" and model.device.type == "cpu"):
+    if packing is False:
         return False
     reason = keep_apart(model)
     if reason is None:
@@ -104,6 +104,15 @@ def settle_packing(
         raise InputError(f"data.packing: found true, but {fault} (use auto or false)")
     log(f"packing: off, rows are padded; {fault}")
     return False
+
+
+def settle_head(model: PreTrainedModel, packs: bool, log: Callable[[str], None]) -> OutputHead | None:
+    """Return what makes the model's losses without all its logits; None, said in the log, where its code forbids it."""
+    head = find_head(model, packs=packs)
+    if isinstance(head, OutputHead):
+        return head
+    log(f"losses: from all logits of a pass, which takes more memory; {model.config.model_type}: {head}")
+    return None
 
 
 def check_rows_fit(model: PreTrainedModel, prepared: Prepared, *, max_generated: int) -> None:

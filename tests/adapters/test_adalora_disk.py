@@ -20,7 +20,7 @@ from adalora_runs import (
 )
 from safetensors.torch import load_file
 from small import make_model
-from toy import rows, write_base, write_recipe
+from toy import rows, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli import adapters, pipeline
@@ -131,12 +131,6 @@ def test_plain_factors_are_the_whole_update() -> None:
         assert b.shape == (layer.out_features, rank)
         update = layer.merged_weight() - layer.base_weight()
         torch.testing.assert_close(b @ a, update, rtol=1e-5, atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 BLOCK = {"method": "adalora", "initial_rank": 4, "target_rank": 2, "alpha": 32.0, "dropout": 0.1}

@@ -13,7 +13,6 @@ import torch
 from command_line import run_here, snapshot
 from safetensors.torch import load_file, save_file
 from small import make_model
-from toy import write_base
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli import adapters
@@ -193,12 +192,6 @@ def test_an_adapter_of_a_wider_base_is_refused(tmp_path: Path) -> None:
     ours(tmp_path, "gpt2")
     with pytest.raises(InputError, match="matches no linear layer of the model"):
         adapters.load(tmp_path, make_model("llama"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.mark.reliability("malformed")

@@ -13,7 +13,6 @@ import torch
 from lora_variants import FACTORS, difference, logits, ours, stir
 from plain_lora_readers import as_llama_cpp, check_exact, check_plain, read
 from small import make_model
-from toy import write_base
 from transformers import PreTrainedModel
 
 from lora_cli import adapters
@@ -34,12 +33,6 @@ METHODS: dict[str, schema.Section] = {
     "dora": schema.DoraAdapter(rank=4, alpha=8.0),
 }
 EXACT = [name for name in METHODS if name != "dora"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that lends its tokenizer files."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 def moved(name: str, architecture: str, quantize: str | None = None) -> tuple[PreTrainedModel, Method]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import make_model, make_rows
-from toy import write_base, write_recipe
+from toy import write_recipe
 from transformers import AutoModelForCausalLM
 
 from lora_cli import adapters, pipeline, without_training
@@ -30,12 +30,6 @@ QLORA = {"method": "qlora", "rank": 4, "alpha": 8}
 def logits(model: torch.nn.Module) -> torch.Tensor:
     """Return the logits of fixed tokens."""
     return model(input_ids=torch.arange(4, 44).view(2, 20), use_cache=False).logits.float()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 import torch
 from small import make_model
 from torch import Tensor, nn
-from toy import write_base
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -230,12 +229,6 @@ def trained(
         nn.init.normal_(made.lora_B, std=0.1)
         restart(made, 3, std=0.1)
     return model, method
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that lends its tokenizer files."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 def write(

@@ -15,7 +15,7 @@ from relora_runs import BASES, EVERY, TOTAL, WARM, begin, take
 from safetensors.torch import load_file
 from small import make_model
 from test_relora import logits, write
-from toy import write_base, write_recipe
+from toy import write_recipe
 from transformers import AutoModelForCausalLM
 
 from lora_cli import pipeline
@@ -84,12 +84,6 @@ def test_the_end_of_the_warm_start_changes_no_output_and_frees_its_state() -> No
     assert all(reference() is None for reference in kept)
     state = step.optimizer.state_dict()
     assert {name.rpartition(".")[2] for name in state} == {"master"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.mark.parametrize("until", [WARM - 1, WARM, WARM + EVERY + 1])

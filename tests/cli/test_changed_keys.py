@@ -196,6 +196,7 @@ ALLOWED: dict[str, tuple[list[str], int]] = {
     "evaluation meanwhile": (["train.eval_every=5"], 10),
     "saving": (["train.save_every=3", "train.keep_checkpoints=4"], 10),
     "scores": (["evaluate.metrics=[loss, exact_match]", "evaluate.batch_tokens=64"], 10),
+    "activations": (["train.activations=recompute"], 10),
     "exports": (["export.formats=[peft, merged]"], 10),
     "device": (["run.device=auto"], 10),
 }

@@ -57,12 +57,6 @@ KIND = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
-
-
 def train(folder: Path, base: Path, method: str, **changes: Any) -> Path:
     """Train a toy run of a method for four steps and return its folder."""
     block = {"method": method, **BLOCKS.get(method, {"rank": 4})}

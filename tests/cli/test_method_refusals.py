@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from command_line import run_here, run_process, snapshot
-from toy import write_base, write_recipe
+from toy import write_recipe
 
 pytestmark = pytest.mark.reliability("malformed")
 RANK = "(must be an integer from 1 to 4096)"
@@ -112,12 +112,6 @@ CASES: list[tuple[str, str]] = [
 """The adapter's block, with `steps` and `quantize` for the blocks beside it, and a part of the line it must get."""
 
 IN_A_PROCESS = "full, quantize: nf4"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes: a Llama of 2 layers, 32 wide, 64 in its mlp."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.mark.parametrize(("text", "expected"), CASES, ids=[text for text, _ in CASES])

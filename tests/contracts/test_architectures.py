@@ -58,10 +58,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: write_family(folder / family, family) for family in FAMILIES}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the token cache of each test apart."""
-    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def plain(folder: Path) -> Any:

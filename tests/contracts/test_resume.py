@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import write_base, write_recipe
+from toy import write_recipe
 
 from lora_cli import adapters, pipeline
 from lora_cli.recipe.load import load_recipe
@@ -33,12 +33,6 @@ RUNS = [(name, "nf4" if name == "qlora" else "none") for name in BLOCKS] + [
     ("adalora", "nf4"),
     ("relora", "nf4"),
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 def test_every_method_is_covered() -> None:

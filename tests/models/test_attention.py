@@ -127,12 +127,13 @@ def test_generation_with_a_cache_is_transformers_own(
 
 @pytest.mark.parametrize("limit", [0, 30])
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
-def test_both_ways_to_compute_agree(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain products and torch's fused attention give the same logits, to 1e-5, with and without a window."""
+def test_all_ways_to_compute_agree(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles, plain products of whole rows and torch's fused attention give the same logits, to 1e-5."""
     model, ids = ready(name), tokens()
-    products = packed(model, ids)
+    tiles = packed(model, ids)
+    monkeypatch.setitem(attention.TILED, torch.float32, 0)
     monkeypatch.setitem(attention.PLAIN_PRODUCTS, torch.float32, limit)
-    for one, other in zip(products, packed(model, ids), strict=True):
+    for one, other in zip(tiles, packed(model, ids), strict=True):
         assert float((one - other).abs().max()) <= 1e-5
 
 

@@ -20,9 +20,14 @@ from lora_cli.models.packing import keep_apart
 from lora_cli.models.safety import TINY
 from lora_cli.objectives._packing import bins, pack_batches
 from lora_cli.objectives.sft import Sft
-from lora_cli.types import IGNORED, Progress
+from lora_cli.types import IGNORED, Example, Progress
 
 CPU = torch.device("cpu")
+
+
+def make_example(length: int) -> Example:
+    """Return a row of so many tokens, of which all are trained."""
+    return Example(np.ones(length, np.int32), np.ones(length, np.bool_))
 
 
 def fewest(lengths: tuple[int, ...], capacity: int) -> int:
@@ -90,12 +95,13 @@ def test_real_rows_fill_their_bins(shared_data: Path) -> None:
     assert sum(lengths) / (2048 * len(found)) >= 0.98
 
 
-def test_packed_sequences_hold_the_rows() -> None:
-    """Each row stands once, whole, at positions from 0, without padding; its first token is no target."""
+@pytest.mark.parametrize("limit", [90, 128, 100_000])
+def test_packed_sequences_hold_the_rows(limit: int) -> None:
+    """Each row stands once, whole, at positions from 0, nothing between them; its first token is no target."""
     rows = [(index, example) for index, example in enumerate(make_rows(20, seed=7))]
     for _, example in rows[:5]:
         example.trained[0] = True  # it must not be predicted from the row before
-    batches = pack_batches(rows, tokens=90, device=CPU)
+    batches = pack_batches(rows, tokens=limit, device=CPU)
     assert sorted(row for batch in batches for row in batch.rows) == list(range(20))
     for batch in batches:
         assert batch.attention_mask is None
@@ -103,16 +109,38 @@ def test_packed_sequences_hold_the_rows() -> None:
         assert batch.position_ids is not None
         lengths = batch.documents.lengths
         assert batch.input_ids.shape == (1, sum(lengths))
-        assert sum(lengths) <= 90
+        assert sum(lengths) <= limit
         assert batch.documents.offsets.tolist() == [0, *itertools.accumulate(lengths)]
-        parts = (tensor[0].split(lengths) for tensor in (batch.input_ids, batch.labels, batch.position_ids))
-        for row, ids, labels, places in zip(batch.rows, *parts, strict=True):
+        parts = list(
+            zip(
+                *(tensor[0].split(lengths) for tensor in (batch.input_ids, batch.labels, batch.position_ids)),
+                strict=True,
+            )
+        )
+        for row, (ids, labels, places) in zip(batch.rows, parts[: len(batch.rows)], strict=True):
             example = rows[row][1]
             assert ids.tolist() == example.input_ids.tolist()
             assert places.tolist() == list(range(len(ids)))
             assert labels[0] == IGNORED
             wanted = np.where(example.trained, example.input_ids, IGNORED)[1:]
             assert labels[1:].tolist() == wanted.tolist()
+        for _, labels, places in parts[len(batch.rows) :]:
+            assert (labels == IGNORED).all()
+            assert places.tolist() == list(range(len(places)))
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=30), st.integers(64, 1024))
+@settings(deadline=None, max_examples=100)
+def test_sequences_have_few_lengths(lengths: list[int], limit: int) -> None:
+    """On a CPU a sequence is as long as a multiple of 64 or as a pass may be, and less than 64 tokens of it fill it up;
+    a row beyond a pass stays as it is. Elsewhere nothing fills a sequence up."""
+    rows = [(index, make_example(length)) for index, length in enumerate(lengths)]
+    for batch in pack_batches(rows, tokens=limit, device=CPU):
+        used, total = sum(lengths[row] for row in batch.rows), batch.input_ids.numel()
+        assert total - used < 64
+        assert total == used if used > limit else total == limit or total % 64 == 0
+    for batch in pack_batches(rows, tokens=limit, device=torch.device("meta")):
+        assert batch.input_ids.numel() == sum(lengths[row] for row in batch.rows)
 
 
 def test_a_row_longer_than_a_pass_has_one_of_its_own() -> None:

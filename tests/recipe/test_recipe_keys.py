@@ -8,7 +8,7 @@ import pytest
 
 from lora_cli.errors import InputError
 from lora_cli.recipe.explain import explain
-from lora_cli.recipe.keys import all_keys, json_schema
+from lora_cli.recipe.keys import all_keys, discriminators, json_schema
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.suggest import OTHER_NAMES, nearest_key
 from lora_cli.redaction import holds_secret, is_secret_name, redacted
@@ -97,3 +97,15 @@ def test_secrets_are_told_from_keys_and_names() -> None:
     )
     assert all(map(holds_secret, ("hf_" + "a1B2" * 8, "sk-proj-" + "a1B2" * 8, "https://u:p@host/x")))
     assert redacted("https://u:p@host/x") == "https://***host/x"
+
+
+def test_blocks_with_variants_are_those_of_the_schema() -> None:
+    """The keys that choose a block's variant, read from the fields, are the discriminators of the JSON Schema."""
+    schema, found = json_schema(), {}
+    for name, block in schema["properties"].items():
+        for option in (block, *block.get("anyOf", ()), *block.get("oneOf", ())):
+            if "discriminator" in option:
+                key = option["discriminator"]["propertyName"]
+                found[name] = (key, block["default"][key])
+    assert found
+    assert discriminators() == found

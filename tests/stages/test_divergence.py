@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import run_in_two
 from safetensors.torch import load_file
-from toy import write_base, write_recipe
+from toy import write_recipe
 
 from lora_cli import adapters, pipeline
 from lora_cli.errors import DivergedError
@@ -32,12 +32,6 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 6, "target_rank": 2, "tinit": 1, "tfinal": 2, "delta_t": 1},
     "relora": {"rank": 4, "restart_every": 2, "restart_warmup": 1},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 class _NanBackward(torch.autograd.Function):

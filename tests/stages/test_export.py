@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import make_model
-from toy import write_base
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli.adapters import Method
@@ -43,12 +42,6 @@ def write(
     """Export one format and return the measured difference."""
     settings = schema.Export.model_construct(max_shard_bytes=shard)
     return exporting.write({form: target}, model, method, base, settings)[form]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that lends its tokenizer files."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"]])

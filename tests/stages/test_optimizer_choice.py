@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import make_model
-from toy import write_base, write_recipe
+from toy import write_recipe
 
 from lora_cli import adapters, pipeline
 from lora_cli.recipe import schema
@@ -33,16 +33,7 @@ SETTINGS: dict[str, schema.Section] = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the token cache of each test apart."""
-    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def kind(name: str) -> str:

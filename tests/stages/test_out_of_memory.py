@@ -20,7 +20,7 @@ import pytest
 import torch
 from ranks import run_in_two
 from safetensors.torch import load_file
-from toy import rows, write_base, write_recipe, write_rows
+from toy import rows, write_recipe, write_rows
 
 from lora_cli import pipeline
 from lora_cli.errors import ResourceError
@@ -33,12 +33,6 @@ from lora_cli.stages import _gradient_step
 from lora_cli.types import Batch
 
 Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import write_base, write_recipe
+from toy import write_recipe
 
 from lora_cli import pipeline
 from lora_cli.errors import DivergedError
@@ -23,12 +23,6 @@ from lora_cli.recipe.load import load_recipe
 from lora_cli.runtime.checkpoint import State
 from lora_cli.stages import _spikes
 from lora_cli.types import Batch
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 def values(number: int) -> list[float]:

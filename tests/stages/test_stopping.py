@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy import write_base, write_recipe
+from toy import write_recipe
 
 from lora_cli import pipeline
 from lora_cli.errors import Stopped
@@ -29,12 +29,6 @@ CHANGES: dict[str, Any] = {
     "evaluate__metrics": ["loss", "exact_match"],
     "evaluate__batch_tokens": 64,
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model folder that no test changes."""
-    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 def results_of(run: Path) -> list[object]:
