@@ -61,8 +61,15 @@ def run(job: Job, recorder: Recorder) -> None:
         counted = step.objective.loss_sum
 
         def loss_sum(model: AdaptedModel, batch: Batch) -> Any:
+            real = slice(None)
+            if batch.documents is not None:  # without the filler that follows the rows
+                real = slice(sum(batch.documents.lengths[: len(batch.rows)]))
+            positions = None if batch.position_ids is None else batch.position_ids[:, real]
             recorder.see(
-                batch.input_ids, batch.labels, mask=batch.attention_mask, positions=batch.position_ids
+                batch.input_ids[:, real],
+                batch.labels[:, real],
+                mask=batch.attention_mask,
+                positions=positions,
             )
             return counted(model, batch)
 

@@ -27,6 +27,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 ROWS = {"cpu": 256, "cuda": 2048}
 """Tokens of a chunk at most: fewer, and a product reads the head's weight more often than it computes with it."""
@@ -167,7 +168,8 @@ def _forward_and_backward(
     sums: list[Tensor | None] = [None] * len(trained)
     for rows in _chunks(hidden, head):
         part = hidden[rows].detach().requires_grad_(into_hidden)
-        with torch.enable_grad():
+        # What is saved here lives as long as this chunk: it is not for hooks that count or move what a pass keeps.
+        with torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             z = head(part)
         gradient = torch.empty_like(z)
         losses[rows], found = _score(

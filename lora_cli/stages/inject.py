@@ -16,6 +16,7 @@ from lora_cli import adapters
 from lora_cli.adapters import Method, Start
 from lora_cli.data.chosen_tokens import token_ids
 from lora_cli.errors import InputError
+from lora_cli.models import norms
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, fastest_attention, load_model
 from lora_cli.models.nf4 import Quantization
@@ -78,6 +79,7 @@ def run(
     _check_forward(model)
     packs = settle_packing(model, packing, log)
     head = settle_head(model, packs, log)
+    norms.speed_up(model)
     # With no adapter to switch off, the base survives only as a copy of the weights that will change.
     changing = {} if method.layers else method.trainable(model)
     frozen_copy = {name: parameter.detach().clone() for name, parameter in changing.items()}

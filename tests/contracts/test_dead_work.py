@@ -13,6 +13,7 @@ from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives.sft import Sft
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.optim import MasterAdamW
+from lora_cli.stages._activations import Activations
 from lora_cli.stages._micro_batches import MicroBatches, Passes
 from lora_cli.types import Progress
 
@@ -26,8 +27,10 @@ def passes_of(name: str, tokens: int) -> tuple[Passes, list[bool], list[int]]:
     adapted, flows, reads = AdaptedModel(model, method.layers), [], []
     model.get_input_embeddings().register_forward_hook(lambda *call: flows.append(call[2].requires_grad))
     optimizer = MasterAdamW(method.trainable(model))
+    objective = Sft(pad_id=0)
+    keep = Activations("keep", adapted, objective, 1, print)
     step = MicroBatches(
-        adapted, method, Sft(pad_id=0), [], optimizer, tokens, 0, Runtime(torch.device("cpu")), print
+        adapted, method, objective, [], optimizer, keep, tokens, 0, Runtime(torch.device("cpu")), print
     )  # type: ignore[arg-type]
     rows = list(enumerate(make_rows(8, seed=5)))
     batches = step.split(rows, Progress(0, 1))

@@ -12,7 +12,7 @@ from test_adapters import BASES, SETTINGS
 from torch import Tensor, nn
 from toy import write_base, write_recipe
 
-from lora_cli import adapters, pipeline
+from lora_cli import adapters, pipeline, without_training
 from lora_cli.models import linear_cross_entropy
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.linear_cross_entropy import is_frozen_linear
@@ -157,5 +157,5 @@ def test_no_command_makes_all_logits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(AdaptedModel, "trained_logits", refuse)
     recipe = load_recipe(write_recipe(tmp_path, write_base(tmp_path / "base"), train__max_steps=2))
     scores = pipeline.train(recipe)["eval"]
-    again = pipeline.evaluate(tmp_path / "run", recipe)
+    again = without_training.evaluate(tmp_path / "run", recipe)
     assert again["tuned"]["loss"] == pytest.approx(scores["tuned"]["loss"], rel=1e-6)
