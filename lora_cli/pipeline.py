@@ -187,8 +187,9 @@ def _export(
 
 
 def _prepare(recipe: Recipe, tokenizer: Any, rt: Runtime, log: Log) -> Prepared:
-    on, spelled = recipe.objective.train_on, opened.named_tokens(recipe)
-    prepared = prepare.run(recipe.data, on, tokenizer, rt, log.line, spelled=spelled)
+    on, spelled = recipe.train_on(), opened.named_tokens(recipe)
+    kinds = objectives.consumes(recipe.objective)
+    prepared = prepare.run(recipe.data, on, tokenizer, rt, log.line, spelled=spelled, consumes=kinds)
     require_used(prepared, spelled)
     return prepared
 

@@ -86,6 +86,14 @@ class Example:
         """How many there are."""
         return len(self.input_ids)
 
+    def answers(self) -> tuple[Example, ...]:
+        """Return itself: it has one."""
+        return (self,)
+
+    def head(self, tokens: int) -> Example:
+        """Return the first tokens, all of them trained."""
+        return Example(self.input_ids[:tokens], self.trained[:tokens] | True)
+
 
 @dataclass(frozen=True, slots=True)
 class PairExample:
@@ -101,6 +109,15 @@ class PairExample:
         """How many both have, the prompt counted twice."""
         return self.chosen.tokens + self.rejected.tokens
 
+    def answers(self) -> tuple[Example, ...]:
+        """Return the chosen and the rejected one."""
+        return self.chosen, self.rejected
+
+    def head(self, tokens: int) -> PairExample:
+        """Return the pair of two heads that have so many tokens together."""
+        half = max(2, tokens // 2)
+        return PairExample(self.chosen.head(half), self.rejected.head(half), self.margin)
+
 
 @dataclass(frozen=True, slots=True)
 class LabelledExample:
@@ -113,6 +130,14 @@ class LabelledExample:
     def tokens(self) -> int:
         """How many there are."""
         return self.example.tokens
+
+    def answers(self) -> tuple[Example, ...]:
+        """Return the one there is."""
+        return (self.example,)
+
+    def head(self, tokens: int) -> LabelledExample:
+        """Return the first tokens, all of them trained."""
+        return LabelledExample(self.example.head(tokens), self.wanted)
 
 
 Item = Example | PairExample | LabelledExample
@@ -197,9 +222,13 @@ class Prepared:
     sources: tuple[SourceReport, ...] = ()
 
     def sample(self) -> list[Example]:
-        """Return the rows that a merge into a quantized base is measured on: held-out ones, where there are any."""
+        """Return the rows that a merge into a quantized base is measured on: held-out ones, where there are any.
+
+        Of a pair it is the chosen answer.
+        """
         examples = self.eval or self.train
-        return [examples[row] for row in range(min(16, len(examples)))] if examples is not None else []
+        rows = [examples[row] for row in range(min(16, len(examples)))] if examples is not None else []
+        return [row.answers()[0] for row in rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def describe_data(recipe: Recipe, *, show: int = 0, rows: Sequence[str] = ()) ->
         tokenizer, named = opened.tokenizer_for(recipe, folder), opened.named_tokens(recipe)
         every = (Conversation, Text, Pair, Labelled)
         prepared = prepare.run(
-            recipe.data, recipe.objective.train_on, tokenizer, rt, log.line, consumes=every, spelled=named
+            recipe.data, recipe.train_on(), tokenizer, rt, log.line, consumes=every, spelled=named
         )
         assert prepared.train is not None
         steps = planned_steps(recipe.train, len(prepared.train))
@@ -165,7 +165,8 @@ def _held_out_sample(recipe: Recipe, tokenizer: Any, adapter: Path, rt: Runtime,
 
 
 def _held_out(recipe: Recipe, tokenizer: Any, adapter: Path | None, rt: Runtime, log: Log) -> Prepared:
-    on, spelled = recipe.objective.train_on, opened.named_tokens(recipe)
+    on, spelled = recipe.train_on(), opened.named_tokens(recipe)
     return prepare.run(
-        recipe.data, on, tokenizer, rt, log.line, need_train=False, spelled=spelled, adapter=adapter
-    )
+        recipe.data, on, tokenizer, rt, log.line,
+        need_train=False, spelled=spelled, adapter=adapter, consumes=objectives.consumes(recipe.objective),
+    )  # fmt: skip

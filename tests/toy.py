@@ -32,6 +32,18 @@ def rows(number: int) -> list[dict[str, str]]:
     ]
 
 
+def pairs(number: int) -> list[dict[str, str]]:
+    """Return a prompt with the right answer and a wrong one of another length."""
+    return [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["completion"],
+            "rejected": f"the {ANIMALS[index % 8]} always says {SOUNDS[(index + 3) % 8]}",
+        }
+        for index, row in enumerate(rows(number))
+    ]
+
+
 def write_rows(path: Path, content: list[Any]) -> Path:
     """Write JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")

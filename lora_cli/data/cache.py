@@ -10,7 +10,7 @@ uses one; a damaged cache is written again.
     offsets.npy    int64 (R + 1,), where each row begins
     lines.npy      int64 (R,), the line (row) of each, counted from the beginning of what was read
     identities.npy uint64 (R,), a hash of what each row says, equal for equal rows
-    values.npy     float32 (R,), what a row says of its answers: 1 or 0 if it is wanted or not, a pair's margin, else NaN
+    values.npy     float32 (R,), what a row says of its answers: 1 or 0 (wanted or not), a pair's margin, else NaN
     manifest.json  counts, and size and sha256 of each file
 """
 

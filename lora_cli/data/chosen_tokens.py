@@ -66,7 +66,8 @@ def require_used(prepared: Prepared, names: Sequence[str]) -> None:
     for row in range(len(examples)):
         if not missing:
             return
-        for token in missing.keys() & set(np.unique(examples[row].input_ids).tolist()):
+        ids = np.concatenate([answer.input_ids for answer in examples[row].answers()])
+        for token in missing.keys() & set(np.unique(ids).tolist()):
             del missing[token]
     if missing:
         raise InputError(

@@ -44,6 +44,7 @@ class AdaptedModel:
         self.head = head
         """What makes the losses without all logits; None: they are made of the model's own logits."""
         self._frozen_copy = frozen_copy or {}
+        self._is_reference = False
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -131,7 +132,14 @@ class AdaptedModel:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it the model is its own base: adapters off, or the frozen copy of fully trained weights in place."""
+        """Within it the model is its own base: adapters off, or the frozen copy of fully trained weights in place.
+
+        One within another changes nothing.
+        """
+        if self._is_reference:
+            yield
+            return
+        self._is_reference = True
         for layer in self.layers.values():
             layer.enabled = False
         self._swap_frozen_copy()
@@ -141,6 +149,7 @@ class AdaptedModel:
             self._swap_frozen_copy()
             for layer in self.layers.values():
                 layer.enabled = True
+            self._is_reference = False
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 from lora_cli.objectives._base import Objective
-from lora_cli.recipe.schema import SftObjective
+from lora_cli.recipe.objective_blocks import Objective as ObjectiveBlock
 
-__all__ = ["Objective", "build", "names"]
+__all__ = ["Objective", "build", "consumes", "names"]
 
 
 def names() -> list[str]:
@@ -16,8 +17,18 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def build(settings: SftObjective, *, pad_id: int) -> Objective:
+def build(settings: ObjectiveBlock, *, pad_id: int) -> Objective:
     """Return the objective that the recipe's `objective` block asks for."""
-    module = importlib.import_module(f"{__name__}.{settings.name}")
-    objective: Objective = module.OBJECTIVE(pad_id=pad_id)
+    keys = settings.model_dump(exclude={"name", "train_on"})  # `train_on` is read where rows become tokens
+    objective: Objective = _module(settings).OBJECTIVE(pad_id=pad_id, **keys)
     return objective
+
+
+def consumes(settings: ObjectiveBlock) -> tuple[type, ...]:
+    """Return the kinds of rows that the objective of a block can learn from."""
+    kinds: tuple[type, ...] = _module(settings).OBJECTIVE.consumes
+    return kinds
+
+
+def _module(settings: ObjectiveBlock) -> Any:
+    return importlib.import_module(f"{__name__}.{settings.name}")

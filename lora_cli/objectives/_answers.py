@@ -5,13 +5,13 @@ An answer is what is trained of a row. A preference objective compares the two o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_cli.models.adapted import AdaptedModel
-from lora_cli.objectives._base import Rows, group_by_length, pad_rows
+from lora_cli.objectives._base import Items, group_by_length, pad_rows
 from lora_cli.objectives._packing import bins, pack_rows
 from lora_cli.types import IGNORED, Batch, Example, PairExample
 
@@ -53,10 +53,10 @@ def _places(batch: Batch) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)[1:][trained[0]]
 
 
-def pair_batches(model: AdaptedModel, rows: Rows, *, tokens: int, pad_id: int) -> list[Batch]:
+def pair_batches(model: AdaptedModel, rows: Items, *, tokens: int, pad_id: int) -> list[Batch]:
     """Return batches of pairs, each chosen answer followed by the rejected one, of at most `tokens` tokens.
 
-    A pair that is longer is a batch of its own.
+    A pair that is longer is a batch of its own. `Batch.rows` names each pair once.
     """
     pairs: list[list[tuple[int, Example]]] = []
     for index, pair in rows:
@@ -64,7 +64,14 @@ def pair_batches(model: AdaptedModel, rows: Rows, *, tokens: int, pad_id: int) -
         pairs.append([(index, pair.chosen), (index, pair.rejected)])
     if model.packs:
         groups = bins([sum(one.tokens for _, one in pair) for pair in pairs], tokens)
-        return [pack_rows([one for i in group for one in pairs[i]], model.device) for group in groups]
-    longest = [max(one.tokens for _, one in pair) for pair in pairs]
-    groups = group_by_length([2 * length for length in longest], tokens)
-    return [pad_rows([one for i in group for one in pairs[i]], pad_id, model.device) for group in groups]
+    else:
+        groups = group_by_length([2 * max(one.tokens for _, one in pair) for pair in pairs], tokens)
+    batches = []
+    for group in groups:
+        answers = [answer for place in group for answer in pairs[place]]
+        if model.packs:
+            batch = pack_rows(answers, tokens, model.device)
+        else:
+            batch = pad_rows(answers, pad_id, model.device)
+        batches.append(replace(batch, rows=tuple(pairs[place][0][0] for place in group)))
+    return batches

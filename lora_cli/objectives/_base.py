@@ -7,20 +7,23 @@ by the count over all micro-batches and processes, so that accumulation and data
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lora_cli.models.adapted import AdaptedModel
-from lora_cli.types import IGNORED, Batch, Conversation, Example, Progress, Text
+from lora_cli.types import IGNORED, Batch, Conversation, Example, Item, Progress, Scores, Text
 
 Rows = Sequence[tuple[int, Example]]
-"""Rows with their index in the data set."""
+"""Tokenized rows with their index in the data set."""
 
-Metrics = dict[str, float]
-"""Named sums over a batch's units, e.g. how many tokens were predicted right."""
+Items = Sequence[tuple[int, Item]]
+"""What an objective learns from, each with its index in the data set."""
+
+Metrics = dict[str, Tensor]
+"""Named sums over a batch's units, 0-d on its device, e.g. how many tokens were predicted right."""
 
 
 def batch_tokens(wanted: int | str, model: AdaptedModel, *, at_most: dict[str, int]) -> int:
@@ -46,10 +49,14 @@ class Objective(ABC):
 
     consumes: ClassVar[tuple[type, ...]] = (Conversation, Text)
     """Kinds of rows that it can learn from."""
+    reported: ClassVar[tuple[str, ...]] = ()
+    """What `loss_sum` reports in evaluation."""
+    watched: ClassVar[tuple[str, ...]] = ()
+    """What of that it reports in training too."""
 
     @abstractmethod
     def micro_batches(
-        self, model: AdaptedModel, rows: Rows, progress: Progress, *, tokens: int
+        self, model: AdaptedModel, rows: Items, progress: Progress, *, tokens: int
     ) -> list[Batch]:
         """Return the rows as batches of at most `tokens` padded tokens; a longer row is a batch of its own."""
 
@@ -59,13 +66,17 @@ class Objective(ABC):
 
     @abstractmethod
     def loss_sum(self, model: AdaptedModel, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Return the summed loss, 0-d float32, and sums to report; metrics are empty while training."""
+        """Return the summed loss, 0-d float32, and sums over the batch's units to report."""
+
+    @abstractmethod
+    def scores(self, means: Mapping[str, float]) -> Scores:
+        """Return what evaluation reports, from the means over all units of `loss` and of what `loss_sum` reports."""
 
 
 def pad_batches(rows: Rows, *, tokens: int, pad_id: int, device: torch.device) -> list[Batch]:
     """Return right-padded batches of rows of similar length, at most `tokens` padded tokens each."""
     groups = group_by_length([len(example.input_ids) for _, example in rows], tokens)
-    return [_pad([rows[index] for index in group], pad_id, device) for group in groups]
+    return [pad_rows([rows[index] for index in group], pad_id, device) for group in groups]
 
 
 def group_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -79,7 +90,8 @@ def group_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return groups
 
 
-def _pad(rows: Rows, pad_id: int, device: torch.device) -> Batch:
+def pad_rows(rows: Rows, pad_id: int, device: torch.device) -> Batch:
+    """Return the rows as one right-padded batch."""
     shape = (len(rows), max(len(example.input_ids) for _, example in rows))
     input_ids = torch.full(shape, pad_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)

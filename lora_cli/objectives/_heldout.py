@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
 
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.memory import PassSize, attempt
@@ -31,7 +33,8 @@ def heldout_sums(
     mine = range(rank, len(examples), world_size)
     # Neighbours in length go together; a chunk bounds how many rows are held as tensors at a time.
     by_length: Sequence[int] = sorted(mine, key=lambda row: int(examples.lengths[row]))
-    sums: dict[str, float] = {"loss": 0.0, "units": 0.0}
+    # All of them in every process, also in one without rows, so that they can be summed over processes.
+    sums: dict[str, float] = dict.fromkeys(("loss", "units", *objective.reported), 0.0)
 
     def batches_of(rows: Sequence[int]) -> list[Batch]:
         read = [(row, examples[row]) for row in rows]
@@ -44,10 +47,19 @@ def heldout_sums(
                 batch = waiting.popleft()
                 with attempt() as tried:
                     loss, metrics = objective.loss_sum(model, batch)
-                    found = {"loss": float(loss), "units": float(objective.units(batch)), **metrics}
-                    for name, value in found.items():
-                        sums[name] = sums.get(name, 0.0) + value
+                    names = ("loss", *metrics)
+                    values = torch.stack([loss.float(), *(one.float() for one in metrics.values())]).tolist()
+                    for name, value in zip(names, values, strict=True):
+                        sums[name] += value
+                    sums["units"] += objective.units(batch)
                 if tried.failed:
                     size.halve(batch, examples)
                     waiting.extendleft(reversed(batches_of(batch.rows)))
     return sums
+
+
+def means_of(sums: Mapping[str, float], add: Callable[[list[float]], list[float]]) -> dict[str, float]:
+    """Return the mean of each sum but `units` over all units; `add` sums numbers over the processes."""
+    names = sorted(sums.keys() - {"units"})
+    units, *values = add([sums["units"], *(sums[name] for name in names)])
+    return {name: value / max(units, 1.0) for name, value in zip(names, values, strict=True)}

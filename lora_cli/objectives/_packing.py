@@ -57,10 +57,13 @@ def pack_batches(rows: Rows, *, tokens: int, device: torch.device) -> list[Batch
     On a CPU a document follows that only fills the sequence up to a multiple of STEP, where there is room for it.
     """
     lengths = [len(example.input_ids) for _, example in rows]
-    return [_pack([rows[index] for index in members], tokens, device) for members in bins(lengths, tokens)]
+    return [
+        pack_rows([rows[index] for index in members], tokens, device) for members in bins(lengths, tokens)
+    ]
 
 
-def _pack(rows: Rows, tokens: int, device: torch.device) -> Batch:
+def pack_rows(rows: Rows, tokens: int, device: torch.device) -> Batch:
+    """Return the rows, in their order, as one packed sequence, of a pass of at most `tokens`."""
     lengths = tuple(len(example.input_ids) for _, example in rows)
     ids = torch.cat([torch.from_numpy(example.input_ids.astype("int64")) for _, example in rows])
     trained = torch.cat([torch.from_numpy(example.trained.copy()) for _, example in rows])

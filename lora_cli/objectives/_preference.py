@@ -1,6 +1,6 @@
 """What objectives over pairs of answers have in common: batches of pairs, and what is reported of them.
 
-The unit is a pair. Rewards are what an objective makes of an answer's log-probability; the margin is the chosen answer's
+The unit is a pair. Rewards are what an objective makes of an answer's log-probability; the margin is the chosen one's
 reward less the rejected one's. A pair of equal rewards counts as half right.
 """
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives._answers import Answers, answers_of, pair_batches
-from lora_cli.objectives._base import Metrics, Objective, Rows
+from lora_cli.objectives._base import Items, Metrics, Objective
 from lora_cli.types import Batch, Pair, Progress, Scores
 
 
@@ -34,6 +34,9 @@ class PreferenceObjective(Objective):
     """An objective over pairs."""
 
     consumes = (Pair,)
+    reported = watched = (
+        "right", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"
+    )  # fmt: skip
     needs_reference: ClassVar[bool] = False
 
     def __init__(self, *, pad_id: int) -> None:
@@ -44,7 +47,7 @@ class PreferenceObjective(Objective):
         """Return losses and rewards of pairs from what the model and the one it began with give their answers."""
 
     def micro_batches(
-        self, model: AdaptedModel, rows: Rows, progress: Progress, *, tokens: int
+        self, model: AdaptedModel, rows: Items, progress: Progress, *, tokens: int
     ) -> list[Batch]:
         """Return the pairs as batches, packed where the model keeps rows apart."""
         del progress
@@ -52,7 +55,7 @@ class PreferenceObjective(Objective):
 
     def units(self, batch: Batch) -> int:
         """Return the number of pairs."""
-        return len(batch.rows) // 2
+        return len(batch.rows)
 
     def loss_sum(self, model: AdaptedModel, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the summed loss of the pairs, and sums over them to report."""
@@ -73,13 +76,12 @@ class PreferenceObjective(Objective):
                 "logp_chosen": chosen.sum(),
                 "logp_rejected": rejected.sum(),
             }
-            names, values = list(metrics), torch.stack(list(metrics.values())).tolist()
-        return judged.losses.sum(), dict(zip(names, values, strict=True))
+        return judged.losses.sum(), metrics
 
-    def scores(self, loss: float, means: Mapping[str, float]) -> Scores:
-        """Return loss, the part of the pairs that are the right way round, and mean rewards."""
+    def scores(self, means: Mapping[str, float]) -> Scores:
+        """Return loss, the part of the pairs that are the right way round, and mean rewards and log-probabilities."""
         named = {name: value for name, value in means.items() if name != "right"}
-        return {"loss": loss, "preference_accuracy": means["right"], **named}
+        return {"loss": named.pop("loss"), "preference_accuracy": means["right"], **named}
 
 
 def preference_losses(margins: Tensor, *, loss: str, beta: float, label_smoothing: float) -> Tensor:

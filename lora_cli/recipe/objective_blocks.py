@@ -36,7 +36,7 @@ class DpoObjective(Section):
     label_smoothing: Smoothing = 0.0
     """Part of the pairs that are taken to be the wrong way round (conservative DPO); for sigmoid only."""
     by_token: bool = False
-    """Take log-probabilities as means over an answer's tokens, so that a long answer counts no more than a short one."""
+    """Take log-probabilities as means over an answer's tokens, so that a long one counts no more than a short one."""
 
 
 class OrpoObjective(Section):

@@ -4,7 +4,8 @@ The JSON Schema for editors, `lora recipe explain` and the did-you-mean of error
 A key exists only if some code reads it. Rules that join keys live in the `conflicts` of their section, or of `Recipe`
 where they join two sections. They yield instead of raising, so that one pass reports all of them.
 
-An objective is added as one block here, joined to the union `Objective`; an adapter method in `adapter_blocks.py`.
+An objective is added as one block in `objective_blocks.py`, joined to the union `Objective`; an adapter method in
+`adapter_blocks.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from lora_cli.recipe.export_block import Export as Export
 from lora_cli.recipe.export_block import format_conflicts
 from lora_cli.recipe.lora_block import LoraAdapter as LoraAdapter
 from lora_cli.recipe.lora_block import QloraAdapter as QloraAdapter
+from lora_cli.recipe.objective_blocks import Objective as Objective
+from lora_cli.recipe.objective_blocks import SftObjective as SftObjective
 from lora_cli.recipe.section import Conflict as Conflict
 from lora_cli.recipe.section import Fraction, NonNegativeInt, PositiveInt
 from lora_cli.recipe.section import Section as Section
@@ -200,7 +203,12 @@ class Recipe(Section):
             if self.data.format == "text":
                 message = "found exact_match, but text rows have no answer to compare (use loss)"
                 yield Conflict("evaluate.metrics", message, reads=("data.format",))
-            if self.objective.train_on == "all":
+            if not isinstance(self.objective, SftObjective):
+                message = (
+                    f"found exact_match, but {self.objective.name} learns from pairs of answers (use loss)"
+                )
+                yield Conflict("evaluate.metrics", message, reads=("objective.name",))
+            elif self.objective.train_on == "all":
                 message = (
                     "found exact_match, which needs to know the answers (set objective.train_on: assistant)"
                 )
@@ -224,6 +232,10 @@ class Recipe(Section):
                 if (value := getattr(self.export, key)) not in ("auto", None):
                     message = f"found {value}, but the base is not quantized (remove the key, or set model.quantize)"
                     yield Conflict(f"export.{key}", message, ("model.quantize", *reads))
+
+    def train_on(self) -> str:
+        """Return which tokens of a row are trained: of answers that are compared, always the answer."""
+        return self.objective.train_on if isinstance(self.objective, SftObjective) else "completion"
 
     def at(self, key: str) -> str:
         """Return `file:line:column: key` where the key was written, `key` alone where it is a default."""

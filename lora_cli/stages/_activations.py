@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from lora_cli.models.activations import Recomputation, Saved, decoder_layers, extrapolate, saved_bytes
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.memory import attempt, forget, free_memory
 from lora_cli.objectives import Objective
-from lora_cli.objectives._base import Rows
-from lora_cli.types import Example, Progress
+from lora_cli.objectives._base import Items
+from lora_cli.types import Item, Progress
 
 _SHORT = 128
 """Tokens of the longest row that is counted in place of a long one."""
@@ -55,7 +54,7 @@ class Activations:
             told = "; there is no other memory to offload their inputs to"
         self.log(f"activations: all {count} layers are recomputed{told}")
 
-    def settle(self, row: tuple[int, Example], number: int, progress: Progress, taken: int) -> None:
+    def settle(self, row: tuple[int, Item], number: int, progress: Progress, taken: int) -> None:
         """Choose for a pass of `number` rows like this one, if the choice is ours; `taken` bytes are needed besides.
 
         No weight, gradient or random stream is changed.
@@ -92,22 +91,22 @@ class Activations:
         )
         return True
 
-    def _estimate(self, row: tuple[int, Example], number: int, progress: Progress) -> Saved:
+    def _estimate(self, row: tuple[int, Item], number: int, progress: Progress) -> Saved:
         """Return what a pass of so many rows keeps: of a long one from three short passes of one row."""
-        index, example = row
-        length = len(example.input_ids)
+        index, whole = row
+        length = whole.tokens
         shortened = min(_SHORT, length)
         if shortened < 4 or number * length <= 2 * _SHORT:
             return self._count([row] * number, progress)
         lengths = (shortened // 4, shortened // 2, shortened)
         # All of it trained: the head keeps the more, the more tokens are.
-        heads = [Example(example.input_ids[:each], np.ones(each, dtype=np.bool_)) for each in lengths]
+        heads = [whole.head(each) for each in lengths]
         return extrapolate(
             lengths, [self._count([(index, head)], progress) for head in heads], [length] * number
         )
 
-    def _count(self, rows: Rows, progress: Progress) -> Saved:
-        tokens = sum(len(example.input_ids) for _, example in rows)
+    def _count(self, rows: Items, progress: Progress) -> Saved:
+        tokens = sum(row.tokens for _, row in rows)
         (batch,) = self.objective.micro_batches(self.model, rows, progress, tokens=tokens)
         self.model.model.train()
         return saved_bytes(

@@ -18,7 +18,7 @@ from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.compiled import CompiledLayers, missing_compiler
 from lora_cli.models.nf4 import QuantizedLinear
 from lora_cli.objectives import Objective
-from lora_cli.types import Example, Examples, Progress
+from lora_cli.types import Examples, Item, Progress
 
 _TOKENS = 64
 """Longest row that is compiled on."""
@@ -64,7 +64,7 @@ def _compile(
     try:
         with torch.random.fork_rng(gpus):
             for rows in _canonical_rows(examples, packs=model.packs):
-                tokens = sum(len(row.input_ids) for row in rows) + len(rows) * _TOKENS
+                tokens = sum(row.tokens for row in rows) + len(rows) * _TOKENS
                 for batch in objective.micro_batches(
                     model, list(enumerate(rows)), Progress(0, 1), tokens=tokens
                 ):
@@ -76,10 +76,10 @@ def _compile(
     return None
 
 
-def _canonical_rows(examples: Examples, *, packs: bool) -> list[list[Example]]:
+def _canonical_rows(examples: Examples, *, packs: bool) -> list[list[Item]]:
     """Return the rows of each pass that is a case of its own to the compiler: packed, alone, equally long, padded."""
-    ids = examples[int(np.argmax(examples.lengths))].input_ids[:_TOKENS]
-    row, shorter = (Example(each, np.ones(len(each), dtype=np.bool_)) for each in (ids, ids[:-1]))
-    if packs or len(ids) < 3:
+    longest = examples[int(np.argmax(examples.lengths))]
+    row, shorter = longest.head(_TOKENS), longest.head(min(_TOKENS, longest.tokens) - 1)
+    if packs or longest.tokens < 3:
         return [[row]]
     return [[row], [row, row], [row, shorter]]

@@ -7,7 +7,7 @@ the backward pass. So a step's gradient does not depend on how its rows are spli
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -26,7 +26,7 @@ from lora_cli.stages import _spikes
 from lora_cli.stages._activations import Activations
 from lora_cli.stages._compilation import compile_layers
 from lora_cli.stages._micro_batches import MicroBatches, Passes
-from lora_cli.types import Example, Examples, Progress
+from lora_cli.types import Examples, Item, Progress
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 _NAMED = 5
@@ -87,11 +87,11 @@ class GradientStep:
         progress = Progress(state.step, self.total)
         mine = self._rows_of(state.step)
         batches = self.passes.split(mine, progress)
-        counts = [sum(map(self.objective.units, batches)), sum(len(example.input_ids) for _, example in mine)]
+        counts = [sum(map(self.objective.units, batches)), sum(row.tokens for _, row in mine)]
         units, tokens = rt.sum(counts)
         passes = self.passes.add_up(mine, batches, progress, max(units, 1.0))
         # The sum carries a NaN of any process to all of them, so all stop at the same step.
-        loss, stopping = rt.sum([passes.loss, float(rt.stopping)])
+        loss, stopping, *watched = rt.sum([passes.loss, float(rt.stopping), *passes.watched])
         if stopping:
             self.optimizer.zero_grad()
             return {}
@@ -123,8 +123,18 @@ class GradientStep:
             "tokens": state.tokens,
             "trained_tokens": state.trained_tokens,
             "tokens_per_second": tokens / seconds,
+            **self._watched(loss, watched, max(units, 1.0)),
         }
         return metrics | ({"skipped": state.skipped} if self.settings.skip_spikes is not None else {})
+
+    def _watched(self, loss: float, sums: Sequence[float], units: float) -> dict[str, float]:
+        """Return what the objective reports of a step beside its loss."""
+        names = self.objective.watched
+        if not names:
+            return {}
+        means = {name: value / units for name, value in zip(names, sums, strict=True)}
+        scores = self.objective.scores({"loss": loss, **means})
+        return {name: value for name, value in scores.items() if name != "loss"}
 
     def try_out(self) -> None:
         """Choose what the passes keep, and make the longest ones to come, so that one that does not fit into memory
@@ -145,7 +155,7 @@ class GradientStep:
         rows = self._rows_of(longest)
         if rows:
             self.passes.settle_activations(rows, Progress(longest, self.total))
-        costs = min(2 * self.passes.size.tokens, sum(len(example.input_ids) for _, example in rows))
+        costs = min(2 * self.passes.size.tokens, sum(row.tokens for _, row in rows))
         to_come = float(lengths.mean()) * batch_size * (self.total - state.step)
         if rows and (self.model.device.type != "cpu" or costs <= _TRIAL_SHARE * to_come):
             self.passes.try_out(rows, Progress(longest, self.total))
@@ -196,7 +206,7 @@ class GradientStep:
                 },
             )
 
-    def _rows_of(self, step: int) -> list[tuple[int, Example]]:
+    def _rows_of(self, step: int) -> list[tuple[int, Item]]:
         """Return this process' rows of a step."""
         rows = order.rows_of_step(
             step, num_rows=len(self.examples), batch_size=self.settings.batch_size, seed=self.seed

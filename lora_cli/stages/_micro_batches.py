@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lora_cli.adapters import Method
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.memory import PassSize, attempt, forget
 from lora_cli.objectives import Objective
-from lora_cli.objectives._base import Rows
+from lora_cli.objectives._base import Items
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.optim import MasterAdamW
 from lora_cli.seeding import stream_seed
@@ -41,6 +41,8 @@ class Passes:
     suspect: Batch | None
     """A micro-batch whose loss is not finite."""
     batches: list[Batch]
+    watched: list[float] = field(default_factory=list)
+    """Sums of what the objective has watched, in its order."""
 
 
 class MicroBatches:
@@ -66,11 +68,11 @@ class MicroBatches:
         self._last: Batch | None = None
         """The micro-batch whose pass was begun last."""
 
-    def split(self, rows: Rows, progress: Progress) -> list[Batch]:
+    def split(self, rows: Items, progress: Progress) -> list[Batch]:
         """Return the rows as micro-batches of the size that is known to fit."""
         return self.objective.micro_batches(self.model, rows, progress, tokens=self.size.tokens)
 
-    def add_up(self, rows: Rows, batches: list[Batch], progress: Progress, units: float) -> Passes:
+    def add_up(self, rows: Items, batches: list[Batch], progress: Progress, units: float) -> Passes:
         """Add the gradients of this process' rows, each divided by the step's `units`.
 
         Where the process is asked to stop, what has been added up is incomplete.
@@ -86,14 +88,14 @@ class MicroBatches:
             self._make_room()
             batches = self.split(rows, progress)
 
-    def settle_activations(self, rows: Rows, progress: Progress) -> None:
+    def settle_activations(self, rows: Items, progress: Progress) -> None:
         """Choose what passes keep: room for one that is full of the longest of these rows; nothing computed stays."""
-        row = max(rows, key=lambda row: len(row[1].input_ids))
-        fitting = max(1, min(len(rows), self.size.tokens // len(row[1].input_ids)))
+        row = max(rows, key=lambda row: row[1].tokens)
+        fitting = max(1, min(len(rows), self.size.tokens // row[1].tokens))
         gradients = sum(4 * master.numel() for master in self.optimizer.masters.values())
         self.activations.settle(row, fitting, progress, self.optimizer.bytes_to_come() + gradients)
 
-    def try_out(self, rows: Rows, progress: Progress) -> None:
+    def try_out(self, rows: Items, progress: Progress) -> None:
         """Make the longest and the largest pass of these rows as training makes them, and forget what they computed.
 
         Raises:
@@ -131,27 +133,30 @@ class MicroBatches:
 
     def _add_up(self, batches: list[Batch], step: int, units: float) -> Passes:
         self.model.model.train()
-        losses: list[Tensor] = []
+        sums: list[Tensor] = []
         for batch in batches:
             if self.rt.stopping:
-                return Passes(0.0, None, batches)
-            losses.append(self._pass(batch, step, units))
+                return Passes(0.0, None, batches, [0.0] * len(self.objective.watched))
+            sums.append(self._pass(batch, step, units))
         penalty = self.method.penalty()
         if penalty is not None:
             # Every process adds the same term; its gradient must count once in the sum.
             (penalty / self.rt.world_size).backward()
         # Read once, and last: a GPU would stand still after each pass whose loss is asked for.
-        values = torch.stack(losses).tolist() if losses else []
-        suspects = (batch for batch, value in zip(batches, values, strict=True) if not math.isfinite(value))
-        return Passes(sum(value / units for value in values), next(suspects, None), batches)
+        values = torch.stack(sums).tolist() if sums else []
+        suspects = (
+            batch for batch, (loss, *_) in zip(batches, values, strict=True) if not math.isfinite(loss)
+        )
+        watched = [sum(row[1 + place] for row in values) for place in range(len(self.objective.watched))]
+        return Passes(sum(row[0] / units for row in values), next(suspects, None), batches, watched)
 
     def _pass(self, batch: Batch, step: int, units: float) -> Tensor:
-        """Add a micro-batch's gradients, and return its summed loss, 0-d float32 on the device."""
+        """Add a micro-batch's gradients; return its summed loss and what is watched, float32 on the device."""
         self._last = batch
         torch.manual_seed(stream_seed(self.seed, "dropout", step, *batch.rows))
-        loss, _ = self.objective.loss_sum(self.model, batch)
+        loss, metrics = self.objective.loss_sum(self.model, batch)
         (loss / units).backward()
-        return loss.detach()
+        return torch.stack([loss.detach(), *(metrics[name].float() for name in self.objective.watched)])
 
     def _make_room(self) -> None:
         """Have what a pass keeps recomputed, or where it is already, make smaller passes."""

@@ -50,7 +50,7 @@ class StartSource:
             rows = order.rows_of_step(
                 step, num_rows=len(examples), batch_size=self.batch_size, seed=self.seed
             )
-            chosen = [(row, examples[row]) for row in rows]
+            chosen = [(row, answer) for row in rows for answer in examples[row].answers()]
             yield from pad_batches(chosen, tokens=TOKENS, pad_id=self.prepared.pad_id, device=self.rt.device)
 
     def full_weight(self, path: str) -> Tensor:

@@ -55,7 +55,7 @@ def run(
     said: dict[str, Any] = {
         "base": recipe.model.base,
         "objective": recipe.objective.name,
-        "train_on": recipe.objective.train_on,
+        "train_on": recipe.train_on(),
         "template": prepared.template,
         "max_length": recipe.data.max_length,
         "overlong": recipe.data.overlong,

@@ -1,7 +1,7 @@
 """Stage 4: score the base and the tuned model on the same held-out rows, and show them side by side.
 
-loss             mean negative log-likelihood per trained token (not a mean of batch means); perplexity = exp(loss)
-token_accuracy   part of the trained tokens that were the most likely one
+loss             the objective's, over all units (not a mean of batch means); of sft the mean negative log-likelihood of
+                 a trained token, with perplexity = exp(loss) and token_accuracy, the part that were the most likely one
 exact_match      part of the rows whose last answer, generated greedily from the row's own prompt, is the reference
 """
 
@@ -23,7 +23,7 @@ from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.memory import PassSize, attempt
 from lora_cli.objectives import Objective
 from lora_cli.objectives._base import batch_tokens
-from lora_cli.objectives._heldout import heldout_sums
+from lora_cli.objectives._heldout import heldout_sums, means_of
 from lora_cli.recipe.schema import Evaluate
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Log
@@ -83,7 +83,7 @@ def plan(settings: Evaluate, prepared: Prepared) -> int:
         raise InputError(
             "evaluate.metrics: exact_match needs answers, but the rows of data.eval are plain text"
         )
-    parts = [split_answer(prepared.eval[row]) for row in _generated_rows(settings, prepared.eval)]
+    parts = [split_answer(*prepared.eval[row].answers()) for row in _generated_rows(settings, prepared.eval)]
     return max(len(prompt) for prompt, _ in parts) + _max_new_tokens(
         settings, [answer for _, answer in parts]
     )
@@ -132,7 +132,7 @@ class _Scorer:
     def _choose_rows(self) -> None:
         answers = []
         for row in _generated_rows(self.settings, self.examples):
-            prompt, answer = split_answer(self.examples[row])
+            prompt, answer = split_answer(*self.examples[row].answers())
             self.generated.append((row, prompt, self._text(answer)))
             answers.append(answer)
         self.max_new_tokens = _max_new_tokens(self.settings, answers)
@@ -181,15 +181,12 @@ class _Scorer:
             size=self.size,
         )
         self.log.stop_progress()
-        loss_sum, units, correct = self.rt.sum([sums["loss"], sums["units"], sums.get("correct", 0.0)])
-        loss = loss_sum / max(units, 1.0)
-        if not math.isfinite(loss):
-            raise DivergedError(f"evaluate: the held-out loss of {name} is {loss:g}; nothing was exported")
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "token_accuracy": correct / max(units, 1.0),
-        }
+        means = means_of(sums, self.rt.sum)
+        if not math.isfinite(means["loss"]):
+            raise DivergedError(
+                f"evaluate: the held-out loss of {name} is {means['loss']:g}; nothing was exported"
+            )
+        return self.objective.scores(means)
 
     def _generate(self, name: str) -> list[str]:
         # Each process fills its rows with token + 1 and leaves 0 elsewhere, so that a sum gathers them.
@@ -248,6 +245,6 @@ def _table(base: Scores, tuned: Scores) -> Table:
     table.add_column("tuned" if base else "model", justify="right")
     for name in tuned:
         cells = [base[name], tuned[name]] if base else [tuned[name]]
-        percent = name in ("exact_match", "token_accuracy")
+        percent = name in ("exact_match", "token_accuracy", "preference_accuracy")
         table.add_row(name, *(f"{value:.1%}" if percent else f"{value:,.4f}" for value in cells))
     return table

@@ -17,7 +17,16 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from lora_cli.data.cache import TokenCache, cache_root
-from lora_cli.data.dataset import CachedPart, Dataset, LabelledAnswers, Pairs, hold_out, mix, overlap, whole_pairs
+from lora_cli.data.dataset import (
+    CachedPart,
+    Dataset,
+    LabelledAnswers,
+    Pairs,
+    hold_out,
+    mix,
+    overlap,
+    whole_pairs,
+)
 from lora_cli.data.faults import Faults
 from lora_cli.data.formats import choose_format
 from lora_cli.data.head import HEAD_ROWS, Origin, origins
@@ -125,12 +134,15 @@ def _find_jobs(data: Data, *, need_train: bool, consumes: tuple[type, ...]) -> l
         if not found:
             raise InputError(f"data.{split}: not set (name a file or a hub data set)")
         jobs += [
-            Job(origin, *_reading(origin, consumes, skips=data.on_bad_row == "skip")) for origin in found
+            Job(origin, *_reading(origin, consumes, data.overlong, skips=data.on_bad_row == "skip"))
+            for origin in found
         ]
     return jobs
 
 
-def _reading(origin: Origin, consumes: tuple[type, ...], *, skips: bool) -> tuple[Reading, bool]:
+def _reading(
+    origin: Origin, consumes: tuple[type, ...], overlong: str, *, skips: bool
+) -> tuple[Reading, bool]:
     """Return how an origin's rows are read, and whether that was found out from the first of them."""
     source = origin.sources[0]
     faults = Faults(source.name)
@@ -139,12 +151,25 @@ def _reading(origin: Origin, consumes: tuple[type, ...], *, skips: bool) -> tupl
         faults.raise_if_any()
     name, _ = choose_format(origin.format, origin.fields, head, origin.key, skips=skips)
     reading = Reading(name, origin.fields)
+    if reading.makes is Pair and overlong == "split":
+        raise InputError(
+            f"{origin.key}: {source.name}: its rows are pairs, which data.overlong split would take apart (use drop or"
+            " truncate_right)"
+        )
     if reading.makes not in consumes:
         raise InputError(
             f"{origin.key}: {source.name}: its rows are {reading.kind} ({name}), which this objective cannot"
-            " learn from (give conversations, prompts with completions, or texts)"
+            f" learn from (give {_wanted(consumes)})"
         )
     return reading, origin.format == "auto" and origin.fields is None
+
+
+def _wanted(consumes: tuple[type, ...]) -> str:
+    if Pair in consumes:
+        return "pairs of a chosen and a rejected answer, or set objective.name: sft"
+    if Labelled in consumes:
+        return "answers with a label"
+    return "conversations, prompts with completions, or texts"
 
 
 def _tasks(job: Job, tokenization: Tokenization) -> list[tuple[Source, Task]]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import rows, write_base, write_rows
+from toy import pairs, rows, write_base, write_rows
 
-from lora_cli import adapters, pipeline
+from lora_cli import adapters, objectives, pipeline
 from lora_cli.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -19,6 +19,11 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 def test_every_method_has_a_recipe() -> None:
     """Each adapter method is shown by at least one recipe."""
     assert {load_recipe(path).adapter.method for path in CONFIGS} == set(adapters.names())
+
+
+def test_every_objective_has_a_recipe() -> None:
+    """Each objective is shown by at least one recipe."""
+    assert {load_recipe(path).objective.name for path in CONFIGS} == set(objectives.names())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -53,6 +58,8 @@ def test_it_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         )
         columns = named or ["instruction", "output"]
         content = [dict(zip(columns, row.values(), strict=True)) for row in rows(40)]
+        if recipe.objective.name != "sft":
+            content = pairs(40)
         data = write_rows(tmp_path / "rows.jsonl", content)
         overrides += [f"data.train={data}"] + ([f"data.eval={data}"] if recipe.data.eval else [])
     else:
