@@ -6,7 +6,7 @@ trained of them) -> `Batch` (tensors). Everything else in this file is a stage's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -264,22 +264,6 @@ class Progress:
 
     step: int
     total_steps: int
-
-
-class StartSource(Protocol):
-    """What a method may ask for before it is placed in the model, where its start depends on more than a seed."""
-
-    def batches(self) -> Iterator[Batch]:
-        """Yield batches of the training rows in the order of training, without end; the same in every process."""
-
-    def full_weight(self, path: str) -> torch.Tensor:
-        """Return the weight (out, in) of the linear layer at `path` as the base's files hold it, read at each call."""
-
-    def agree(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Overwrite each tensor with the main process's, so that all processes start alike."""
-
-    def resumed(self) -> Mapping[str, torch.Tensor] | None:
-        """Return the method's own state in the checkpoint that the run goes on from; None where it begins."""
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ The layers that it puts into the model are in `_layer.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from lora_cli.adapters._targets import BaseLinear as BaseLinear
 from lora_cli.adapters._targets import match_targets, short_names
 from lora_cli.adapters._targets import replace_module as replace_module
 from lora_cli.adapters._whole import TrainedModule
-from lora_cli.types import Progress, StartSource
+from lora_cli.types import Batch, Progress
 
 
 class OptimizerState(Protocol):
@@ -30,6 +30,22 @@ class OptimizerState(Protocol):
 
     def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
         """Store what `moments` returned and was then changed in place."""
+
+
+class StartSource(Protocol):
+    """What a method may ask for before it is placed in the model, where its start depends on more than a seed."""
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield batches of the training rows in the order of training, without end; the same in every process."""
+
+    def full_weight(self, path: str) -> Tensor:
+        """Return the weight (out, in) of the linear layer at `path` as the base's files hold it, read at each call."""
+
+    def agree(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite each tensor with the main process's, so that all processes start alike."""
+
+    def resumed(self) -> Mapping[str, Tensor] | None:
+        """Return the method's own state in the checkpoint that the run goes on from; None where it begins."""
 
 
 class Method:

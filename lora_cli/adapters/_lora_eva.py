@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lora_cli.adapters._base import StartSource
 from lora_cli.errors import DivergedError, InputError
-from lora_cli.types import Batch, StartSource
+from lora_cli.types import Batch
 
 SIMILAR = 0.99
 """Cosine between a component and its predecessor from which on it stands still; the authors' and PEFT's."""

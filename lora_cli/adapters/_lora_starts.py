@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.adapters import _lora_eva, _lora_init
+from lora_cli.adapters._base import StartSource
 from lora_cli.errors import InputError
-from lora_cli.types import StartSource
 
 LOFTQ_NOTE = (
     "The adapter holds a correction of the base's quantization (LoftQ): use it on the base quantized as the recipe"

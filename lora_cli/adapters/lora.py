@@ -29,12 +29,11 @@ from lora_cli.adapters import (
     _low_rank,
     _whole,
 )
-from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method
+from lora_cli.adapters._base import AdapterLinear, BaseLinear, Method, StartSource
 from lora_cli.adapters._lora_embedding import LoraEmbedding
 from lora_cli.adapters._low_rank import LoraLinear, ShiftedLoraLinear
 from lora_cli.errors import InputError
 from lora_cli.seeding import stream_seed
-from lora_cli.types import StartSource
 
 
 class Lora(Method):

@@ -23,17 +23,17 @@ class Dpo(PreferenceObjective):
     needs_reference = True
 
     def __init__(
-        self, *, pad_id: int, beta: float, loss: str, label_smoothing: float, by_token: bool
+        self, *, pad_id: int, beta: float, loss: str, label_smoothing: float, length_normalized: bool
     ) -> None:
         super().__init__(pad_id=pad_id)
         self.beta, self.loss, self.label_smoothing = beta, loss, label_smoothing
-        self.by_token = by_token or loss == "ipo"
+        self.length_normalized = length_normalized or loss == "ipo"
 
     def judge(self, policy: Answers, reference: Answers | None) -> Judged:
         """Return losses and rewards; a reward is beta times the gain in log-probability over the reference."""
         assert reference is not None
         gains = policy.logps - reference.logps
-        chosen, rejected = policy.pairs(gains / policy.lengths if self.by_token else gains)
+        chosen, rejected = policy.pairs(gains / policy.lengths if self.length_normalized else gains)
         losses = preference_losses(
             chosen - rejected, loss=self.loss, beta=self.beta, label_smoothing=self.label_smoothing
         )

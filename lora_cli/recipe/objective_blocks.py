@@ -35,7 +35,7 @@ class DpoObjective(Section):
     margin by token (arXiv 2310.12036)."""
     label_smoothing: Smoothing = 0.0
     """Part of the pairs that are taken to be the wrong way round (conservative DPO); for sigmoid only."""
-    by_token: bool = False
+    length_normalized: bool = False
     """Take log-probabilities as means over an answer's tokens, so that a long one counts no more than a short one."""
 
 

@@ -20,7 +20,7 @@ not."""
 
 
 class StartSource:
-    """See `types.StartSource`; nothing is read before it is asked for."""
+    """See `adapters._base.StartSource`; nothing is read before it is asked for."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ FORMS: dict[str, Any] = {
     "dpo-smoothed": blocks.DpoObjective(label_smoothing=0.2),
     "dpo-hinge": blocks.DpoObjective(loss="hinge"),
     "dpo-ipo": blocks.DpoObjective(loss="ipo"),
-    "dpo-by-token": blocks.DpoObjective(by_token=True),
+    "dpo-normalized": blocks.DpoObjective(length_normalized=True),
     "orpo": blocks.OrpoObjective(),
     "simpo": blocks.SimpoObjective(),
     "cpo": blocks.CpoObjective(),
@@ -70,7 +70,7 @@ def sigmoid_loss(x: float) -> float:
         ("dpo-smoothed", [0.8 * sigmoid_loss(x) + 0.2 * sigmoid_loss(-x) for x in (0.15, -0.2)]),
         ("dpo-hinge", [1 - 0.15, 1 + 0.2]),
         ("dpo-ipo", [(1 / 3 + 0.5 / 2 - 5) ** 2, (-1.5 / 5 - 0.5 / 4 - 5) ** 2]),
-        ("dpo-by-token", [sigmoid_loss(0.1 * (1 / 3 + 0.5 / 2)), sigmoid_loss(0.1 * (-1.5 / 5 - 0.5 / 4))]),
+        ("dpo-normalized", [sigmoid_loss(0.1 * (1 / 3 + 0.5 / 2)), sigmoid_loss(0.1 * (-1.5 / 5 - 0.5 / 4))]),
     ],
 )
 def test_dpo_is_its_equation(form: str, expected: list[float]) -> None:

@@ -31,7 +31,7 @@ def test_what_is_no_number_of_its_range_is_refused(
     """NaN, infinity, -1 and a text that looks like a number: exit 2, and one line with file, line, column and key."""
     monkeypatch.chdir(tmp_path)
     section, _, name = key.path.partition(".")
-    block = f"method: {key.variant}, " if section == "adapter" else ""
+    block = {"adapter": f"method: {key.variant}, ", "objective": f"name: {key.variant}, "}.get(section, "")
     for value in VALUES:
         Path("r.yaml").write_text(f"{section}: {{{block}{name}: {value}}}\n")
         before = snapshot(tmp_path)
@@ -47,6 +47,6 @@ def test_what_is_no_number_of_its_range_is_refused(
 def test_there_are_numbers_of_every_block() -> None:
     """The list above has keys of each block that holds numbers."""
     assert {key.path.partition(".")[0] for key in NUMBERS} == {
-        "data", "adapter", "train", "evaluate", "export", "run"
+        "data", "adapter", "objective", "train", "evaluate", "export", "run"
     }  # fmt: skip
     assert len(NUMBERS) > 40
