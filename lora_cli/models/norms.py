@@ -12,7 +12,9 @@ one, the module must give what the equation gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -25,6 +27,19 @@ _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _ROWS = 7
 _TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Largest difference as a part of a value; a module may round twice where the equation is rounded once."""
+
+
+_as_while_training: ContextVar[bool] = ContextVar("as_while_training", default=False)
+
+
+@contextmanager
+def as_while_training() -> Iterator[None]:
+    """Within it norms round as they do in training, in evaluation too: what is compared must be rounded alike."""
+    token = _as_while_training.set(True)
+    try:
+        yield
+    finally:
+        _as_while_training.reset(token)
 
 
 class RmsNorm(torch.autograd.Function):
@@ -72,7 +87,8 @@ def _settle(module: nn.Module) -> bool:
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Tensor:
         weight = cast(Tensor, module.weight)  # no parameter where another value stands in for it
-        if others or named or not (module.training and torch.is_grad_enabled() and x.dtype == weight.dtype):
+        trains = _as_while_training.get() or (module.training and torch.is_grad_enabled())
+        if others or named or not trains or x.dtype != weight.dtype:
             return plain(x, *others, **named)
         y: Tensor = RmsNorm.apply(x, weight, eps, offset)
         return y

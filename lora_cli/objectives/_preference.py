@@ -61,7 +61,7 @@ class PreferenceObjective(Objective):
         """Return the summed loss of the pairs, and sums over them to report."""
         reference = None
         if self.needs_reference:
-            with torch.no_grad(), model.evaluating(), model.reference():
+            with model.as_it_began():
                 reference = answers_of(model, batch)
         policy = answers_of(model, batch)
         judged = self.judge(policy, reference)

@@ -200,6 +200,21 @@ def test_every_method_learns_a_preference(
     assert scores["tuned"]["loss"] < 0.6
 
 
+def test_bfloat16_begins_at_ln_2_too(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 the model and its reference round alike in training: the first loss is ln 2, its margins are zero."""
+    monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
+    data = str(write_rows(tmp_path / "p.jsonl", pairs(40)))
+    for packing in (True, False):
+        path = write_recipe(
+            tmp_path / str(packing), base, objective={"name": "dpo"}, data__train=data, data__eval=None,
+            data__packing=packing, model__dtype="bfloat16", train__max_steps=1,
+        )  # fmt: skip
+        pipeline.train(load_recipe(path))
+        lines = (tmp_path / str(packing) / "run" / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[0])["loss"] == pytest.approx(math.log(2), rel=1e-6)
+        assert json.loads(lines[0])["reward_margin"] == 0.0
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
