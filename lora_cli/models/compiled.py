@@ -2,7 +2,7 @@
 
 A layer's weights are inputs of the code and lengths are symbols in it, so that neither the next layer nor the next
 batch compiles anew. What torch cannot look into, or should not, is called from the code as it is: adapter layers, which
-keep what they know between passes, packed weights, and the attention of packed documents.
+keep what they know between passes, packed weights, norms in one pass, and the attention of packed documents.
 
 The first layer stays plain, as its input mostly needs no gradient, which would be code of its own. So does a pass
 without gradients: it is evaluation, whose shapes are others.
@@ -33,7 +33,7 @@ class CompiledLayers:
 
     def __init__(self, layers: Sequence[nn.Module], opaque: Iterable[nn.Module]) -> None:
         torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
-        self._changed: list[nn.Module] = []
+        self._changed: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         for module in opaque:
             self._change(module, torch.compiler.disable(module.forward))
         AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))
@@ -45,13 +45,15 @@ class CompiledLayers:
     def remove(self) -> None:
         """Have every module compute as it did before."""
         AttentionInterface.register(attention.NAME, attention.attend)
-        for module in self._changed:
+        for module, former in reversed(self._changed):
             del module.forward
+            if former is not None:
+                module.forward = former
         self._changed.clear()
 
     def _change(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._changed.append((module, module.__dict__.get("forward")))
         module.forward = forward
-        self._changed.append(module)
 
 
 class _Forward:

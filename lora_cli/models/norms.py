@@ -78,23 +78,33 @@ def speed_up(model: PreTrainedModel) -> int:
     return len(found)
 
 
+def is_fast(module: nn.Module) -> bool:
+    """Say whether a module is a norm that `speed_up` has changed."""
+    return isinstance(module.__dict__.get("forward"), _Forward)
+
+
 def _settle(module: nn.Module) -> bool:
     form = _form(module)
     if form is None:
         return False
-    eps, offset = form
-    plain: Callable[..., Tensor] = module.forward
-
-    def forward(x: Tensor, *others: Any, **named: Any) -> Tensor:
-        weight = cast(Tensor, module.weight)  # no parameter where another value stands in for it
-        trains = _as_while_training.get() or (module.training and torch.is_grad_enabled())
-        if others or named or not trains or x.dtype != weight.dtype:
-            return plain(x, *others, **named)
-        y: Tensor = RmsNorm.apply(x, weight, eps, offset)
-        return y
-
-    module.forward = forward
+    module.forward = _Forward(module, *form)
     return True
+
+
+class _Forward:
+    """The forward method of a norm: in one pass while gradients are recorded in training, else its own."""
+
+    def __init__(self, module: nn.Module, eps: float, offset: float) -> None:
+        self._module, self._eps, self._offset = module, eps, offset
+        self._plain: Callable[..., Tensor] = module.forward
+
+    def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        weight = cast(Tensor, self._module.weight)  # no parameter where another value stands in for it
+        trains = _as_while_training.get() or (self._module.training and torch.is_grad_enabled())
+        if others or named or not trains or x.dtype != weight.dtype:
+            return self._plain(x, *others, **named)
+        y: Tensor = RmsNorm.apply(x, weight, self._eps, self._offset)
+        return y
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lora_cli.models import norms
 from lora_cli.models.activations import decoder_layers
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.compiled import CompiledLayers, missing_compiler
@@ -57,7 +58,9 @@ def _compile(
 
     within = [module for layer in layers[1:] for module in layer.modules()]
     placed = {id(module) for module in model.layers.values()}
-    opaque = [one for one in within if id(one) in placed or isinstance(one, QuantizedLinear)]
+    opaque = [
+        one for one in within if id(one) in placed or isinstance(one, QuantizedLinear) or norms.is_fast(one)
+    ]
     compiled = CompiledLayers(layers, opaque)
     gpus = [model.device] if model.device.type == "cuda" else []
     model.model.train()
