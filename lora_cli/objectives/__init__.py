@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from lora_cli.objectives._base import Objective
-from lora_cli.recipe.schema import SftObjective
+from lora_cli.objectives._base import Objective, Surroundings
+from lora_cli.recipe.rollout_blocks import RolloutObjective
+from lora_cli.recipe.schema import Objective as Settings
 
-__all__ = ["Objective", "build", "names"]
+__all__ = ["Objective", "Surroundings", "build", "names"]
 
 
 def names() -> list[str]:
@@ -16,8 +17,9 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def build(settings: SftObjective, *, pad_id: int) -> Objective:
+def build(settings: Settings, *, pad_id: int) -> Objective:
     """Return the objective that the recipe's `objective` block asks for."""
     module = importlib.import_module(f"{__name__}.{settings.name}")
-    objective: Objective = module.OBJECTIVE(pad_id=pad_id)
+    own = (settings,) if isinstance(settings, RolloutObjective) else ()
+    objective: Objective = module.OBJECTIVE(*own, pad_id=pad_id)
     return objective

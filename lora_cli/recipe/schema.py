@@ -27,6 +27,12 @@ from lora_cli.recipe.export_block import Export as Export
 from lora_cli.recipe.export_block import format_conflicts
 from lora_cli.recipe.lora_block import LoraAdapter as LoraAdapter
 from lora_cli.recipe.lora_block import QloraAdapter as QloraAdapter
+from lora_cli.recipe.rollout_blocks import GrpoObjective as GrpoObjective
+from lora_cli.recipe.rollout_blocks import PpoObjective as PpoObjective
+from lora_cli.recipe.rollout_blocks import Reward as Reward
+from lora_cli.recipe.rollout_blocks import RlooObjective as RlooObjective
+from lora_cli.recipe.rollout_blocks import RolloutObjective as RolloutObjective
+from lora_cli.recipe.rollout_blocks import Sampling as Sampling
 from lora_cli.recipe.section import Conflict as Conflict
 from lora_cli.recipe.section import Fraction, NonNegativeInt, PositiveInt
 from lora_cli.recipe.section import Section as Section
@@ -62,7 +68,9 @@ class SftObjective(Section):
     completion: those after the prompt, for rows that say what their prompt is. all: every token of the row."""
 
 
-Objective = SftObjective
+Objective = Annotated[
+    SftObjective | GrpoObjective | RlooObjective | PpoObjective, Field(discriminator="name")
+]
 
 
 class Train(Section):
@@ -179,6 +187,8 @@ class Run(Section):
     """auto: cuda where there is one, else cpu."""
     deterministic: bool = False
     """Compute on a GPU by algorithms that repeat their bits, some of them slower. A CPU repeats them anyway."""
+    allow_code: bool = False
+    """Let Python code run that the recipe names, as a reward may: read it before."""
 
 
 class Recipe(Section):
@@ -203,6 +213,7 @@ class Recipe(Section):
             message = f"found {self.adapter.masters}, but a float32 weight is its own master (remove the key)"
             yield Conflict("adapter.masters", message, reads=("model.dtype",))
         yield from self._quantization_conflicts()
+        yield from self._rollout_conflicts()
         if not self.data.holds_out() and self.train.eval_every is not None:
             message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"
             yield Conflict("train.eval_every", message, reads=("data.eval",))
@@ -218,6 +229,22 @@ class Recipe(Section):
                     "found exact_match, which needs to know the answers (set objective.train_on: assistant)"
                 )
                 yield Conflict("evaluate.metrics", message, reads=("objective.train_on",))
+
+    def _rollout_conflicts(self) -> Iterator[Conflict]:
+        if not isinstance(self.objective, RolloutObjective):
+            return
+        if not self.run.allow_code and (
+            code := [one for one in self.objective.rewards if one.name == "python"]
+        ):
+            message = (
+                f"found {code[0].file}, Python code that would run (read it, then set run.allow_code: true)"
+            )
+            yield Conflict("objective.rewards", message, reads=("run.allow_code",))
+        if self.data.format == "text":
+            message = (
+                "found text, but a text has no prompt to complete (use another format, or the objective sft)"
+            )
+            yield Conflict("data.format", message, reads=("objective.name",))
 
     def _quantization_conflicts(self) -> Iterator[Conflict]:
         form, reads = self.model.quantize, ("adapter.method",)

@@ -24,10 +24,11 @@ from lora_cli.models.memory import PassSize, attempt
 from lora_cli.objectives import Objective
 from lora_cli.objectives._base import batch_tokens
 from lora_cli.objectives._heldout import heldout_sums
+from lora_cli.objectives._prompts import split_answer
 from lora_cli.recipe.schema import Evaluate
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Log
-from lora_cli.types import Evaluated, Example, Examples, Prepared, Scores
+from lora_cli.types import Evaluated, Examples, Prepared, Scores
 
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 REMEDY = "lower data.max_length or evaluate.max_new_tokens, or set model.quantize: nf4"
@@ -97,15 +98,6 @@ def _max_new_tokens(settings: Evaluate, answers: Sequence[np.ndarray]) -> int:
     if settings.max_new_tokens != "auto":
         return settings.max_new_tokens
     return max(len(answer) for answer in answers)
-
-
-def split_answer(example: Example) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens before the row's last trained run, and that run: prompt (P,) and answer (A,)."""
-    (trained,) = np.nonzero(example.trained)
-    last = trained[-1]
-    untrained_before = np.nonzero(~example.trained[: last + 1])[0]
-    first = untrained_before[-1] + 1 if len(untrained_before) else 0
-    return example.input_ids[:first], example.input_ids[first : last + 1]
 
 
 class _Scorer:
@@ -181,15 +173,12 @@ class _Scorer:
             size=self.size,
         )
         self.log.stop_progress()
-        loss_sum, units, correct = self.rt.sum([sums["loss"], sums["units"], sums.get("correct", 0.0)])
-        loss = loss_sum / max(units, 1.0)
+        names = self.objective.heldout_metrics()
+        found = self.rt.sum([sums.get(name, 0.0) for name in ("loss", "units", *names)])
+        loss, *means = (value / max(found[1], 1.0) for value in (found[0], *found[2:]))
         if not math.isfinite(loss):
             raise DivergedError(f"evaluate: the held-out loss of {name} is {loss:g}; nothing was exported")
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "token_accuracy": correct / max(units, 1.0),
-        }
+        return self.objective.scores(loss, dict(zip(names, means, strict=True)))
 
     def _generate(self, name: str) -> list[str]:
         # Each process fills its rows with token + 1 and leaves 0 elsewhere, so that a sum gathers them.
@@ -248,6 +237,6 @@ def _table(base: Scores, tuned: Scores) -> Table:
     table.add_column("tuned" if base else "model", justify="right")
     for name in tuned:
         cells = [base[name], tuned[name]] if base else [tuned[name]]
-        percent = name in ("exact_match", "token_accuracy")
+        percent = name in ("exact_match", "token_accuracy", "ended")
         table.add_row(name, *(f"{value:.1%}" if percent else f"{value:,.4f}" for value in cells))
     return table
