@@ -26,7 +26,7 @@ from lora_cli.objectives._policy_losses import divergence, is_clipped
 from lora_cli.objectives._prompts import split_answer
 from lora_cli.objectives._rollout import Rollout, RolloutBatch, batches_of, score
 from lora_cli.objectives._rollout_lines import lines_of
-from lora_cli.recipe.rollout_blocks import RolloutObjective as Settings
+from lora_cli.recipe import rollout_blocks
 from lora_cli.seeding import stream_seed
 from lora_cli.types import Batch, Conversation, Prepared, Progress, Scores
 
@@ -41,7 +41,9 @@ class RolloutObjective(Objective):
     reported: ClassVar[tuple[str, ...]] = ("kl", "clip_fraction")
     """What `policy_loss` reports besides, as sums over tokens."""
 
-    def __init__(self, settings: Settings, *, pad_id: int, samples: int, beta: float) -> None:
+    def __init__(
+        self, settings: rollout_blocks.RolloutObjective, *, pad_id: int, samples: int, beta: float
+    ) -> None:
         self.sampling, self.pad_id, self.samples, self.beta = settings.sampling, pad_id, samples, beta
         self.updates_per_rollout = settings.updates_per_rollout
         self.low = settings.clip_low
@@ -220,25 +222,28 @@ class RolloutObjective(Objective):
     ) -> Rollout:
         """Return completions with their rewards; `tokens` at once, None as the recipe has it."""
         assert self._around is not None
-        wanted, stream = self.sampling, self._around.seed
         draw = sampling.Draw(
-            wanted.max_new_tokens, self._around.stop_ids,
-            0.0 if greedy else wanted.temperature, wanted.top_p, wanted.top_k,
-        )  # fmt: skip
+            self.sampling.max_new_tokens,
+            self._around.stop_ids,
+            0.0 if greedy else self.sampling.temperature,
+            self.sampling.top_p,
+            self.sampling.top_k,
+        )
         chosen = [(row, *split_answer(example), n) for row, example in rows for n in range(samples)]
-        most = tokens or tokens_of_pass(wanted.batch_tokens, model.device.type, at_most=SAMPLED_TOKENS)
+        wanted, seed = self.sampling.batch_tokens, self._around.seed
+        most = tokens or tokens_of_pass(wanted, model.device.type, at_most=SAMPLED_TOKENS)
         with model.evaluating():
             found = sampling.sample(
                 model,
                 [prompt for _, prompt, _, _ in chosen],
-                [stream_seed(stream, "rollout", step, row, number) for row, _, _, number in chosen],
+                [stream_seed(seed, "rollout", step, row, number) for row, _, _, number in chosen],
                 draw,
                 pad_id=self.pad_id,
                 tokens=most,
             )
         answers = [
-            _rewards.Answer(self._text(one.answer()), self._text(prompt), self._text(wanted), len(one.ids))
-            for one, (_, prompt, wanted, _) in zip(found, chosen, strict=True)
+            _rewards.Answer(self._text(one.answer()), self._text(prompt), self._text(answer), len(one.ids))
+            for one, (_, prompt, answer, _) in zip(found, chosen, strict=True)
         ]
         columns = [term.judge(answers) for term in self._rewards]
         return Rollout(
