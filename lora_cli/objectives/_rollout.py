@@ -69,12 +69,13 @@ class Rollout:
 
     def spread(self, values: Tensor) -> Tensor:
         """Return each completion's value for each of its tokens: (S,) -> (N,)."""
-        return values.repeat_interleave(torch.tensor(self.lengths))
+        return values.repeat_interleave(torch.tensor(self.lengths, dtype=torch.int64))
 
     @classmethod
     def of_rows(cls, rows: Rows) -> Rollout:
-        """Return rows as if their answers had been sampled."""
+        """Return rows as if their answers had been sampled; of one that is all answer, all but the first token."""
         parts = [split_answer(example) for _, example in rows]
+        parts = [(prompt, answer) if len(prompt) else (answer[:1], answer[1:]) for prompt, answer in parts]
         count = len(rows)
         nothing = torch.zeros(count, 0, dtype=torch.float64)
         return cls(

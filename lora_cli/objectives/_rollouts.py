@@ -251,7 +251,7 @@ class RolloutObjective(Objective):
             rows=[row for row, _, _, _ in chosen],
             prompts=[prompt for _, prompt, _, _ in chosen],
             completions=[one.ids for one in found],
-            rewards=torch.tensor(columns, dtype=torch.float64).reshape(len(self._rewards), -1).T,
+            rewards=torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(chosen)).T,
             ended=[one.ended for one in found],
             entropies=torch.tensor([float(one.entropies.sum()) for one in found], dtype=torch.float64),
         )
