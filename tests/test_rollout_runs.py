@@ -250,16 +250,6 @@ def test_a_reward_of_ones_own(tmp_path: Path, base: Path) -> None:
         assert line["reward"] == -len(line["completion"])
 
 
-def test_completions_that_no_position_is_left_for_are_refused(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A base of 256 positions is not asked for completions of 300 tokens."""
-    objective = {"name": "grpo", "rewards": REWARDS, "sampling": {"max_new_tokens": 300}}
-    result = run_here(capsys, "train", str(rollout_recipe(tmp_path, base, "grpo", objective=objective)))
-    assert result.code == 2
-    assert "256" in result.errors
-
-
 def test_the_held_out_reward_is_that_of_the_greedy_answers(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
