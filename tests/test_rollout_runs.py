@@ -263,4 +263,4 @@ def test_the_held_out_reward_is_that_of_the_greedy_answers(
     assert tuned["reward"] == tuned["reward_exact_match"] == tuned["exact_match"]
     result = run_here(capsys, "eval", str(tmp_path / "run"), "--json")
     assert result.code == 0, result.errors
-    assert json.loads(result.output.splitlines()[-1])["tuned"] == pytest.approx(tuned)
+    assert json.loads(result.output[result.output.index("{") :])["tuned"] == pytest.approx(tuned)
