@@ -125,8 +125,13 @@ def check_rows_fit(model: PreTrainedModel, prepared: Prepared, *, max_generated:
     """
     embedding: Any = model.get_input_embeddings()
     limit = _learned_positions(model)
-    sampled = 0 if prepared.eval is not None else max_generated  # of training rows, where an objective samples
-    for split, examples, needed in (("train", prepared.train, sampled), ("eval", prepared.eval, max_generated)):
+    sampled = (
+        0 if prepared.eval is not None else max_generated
+    )  # of training rows, where an objective samples
+    for split, examples, needed in (
+        ("train", prepared.train, sampled),
+        ("eval", prepared.eval, max_generated),
+    ):
         if examples is None:
             continue
         if examples.max_token >= embedding.num_embeddings:
