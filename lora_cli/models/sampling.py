@@ -230,4 +230,7 @@ class _Drawing:
         order = np.argsort(rows, kind="stable")  # of each row its tokens, in the order they were drawn
         borders = np.cumsum(np.bincount(rows, minlength=len(ended)))[:-1]
         columns = [np.split(column[order], borders) for column in (tokens.astype(np.int32), logps, entropies)]
-        return [Completion(*parts, bool(end)) for *parts, end in zip(*columns, ended.tolist(), strict=True)]
+        return [
+            Completion(ids, given, spread, bool(end))
+            for ids, given, spread, end in zip(*columns, ended.tolist(), strict=True)
+        ]
