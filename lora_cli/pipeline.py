@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli import interrupts, objectives
+from lora_cli import interrupts
 from lora_cli.adapters import Method, Start
 from lora_cli.data.chosen_tokens import require_used
 from lora_cli.models.adapted import AdaptedModel
@@ -83,7 +83,7 @@ def train(
             check_gates(gates, finished["eval"]["tuned"])
             return finished
 
-        total, step = _total_steps(recipe, job.prepared), None
+        total, step = _total_steps(recipe, job), None
         checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
         if goes_on:
             here = versions() | machine(rt)
@@ -121,7 +121,7 @@ def _open(recipe: Recipe, folder: RunFolder, rt: Runtime, log: Log) -> _Job:
     recipe, start = opened.settle_start(recipe, base)
     tokenizer = opened.tokenizer_for(recipe, base)
     prepared = _prepare(recipe, tokenizer, rt, log)
-    objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
+    objective = opened.objective(recipe, prepared, rt)
     facts = fingerprints(prepared, base, start.fingerprint() if start else None)
     return _Job(recipe, folder, base, start, tokenizer, prepared, objective, facts)
 
@@ -134,7 +134,9 @@ def _inject(
         job.base, recipe.model.dtype, recipe.adapter, job.prepared,
         start=job.start, quantization=opened.quantization(recipe), packing=recipe.data.packing,
         total_steps=total, max_length=recipe.data.max_length,
-        max_generated=evaluate_stage.plan(recipe.evaluate, job.prepared),
+        max_generated=max(
+            evaluate_stage.plan(recipe.evaluate, job.prepared), job.objective.require_rows(job.prepared)
+        ),
         batch_size=recipe.train.batch_size, seed=recipe.run.seed,
         resumed=lambda: None if step is None else checkpoints.method_state(step), rt=rt, log=log.line,
     )  # fmt: skip
@@ -194,13 +196,14 @@ def _prepare(recipe: Recipe, tokenizer: Any, rt: Runtime, log: Log) -> Prepared:
     return prepared
 
 
-def _total_steps(recipe: Recipe, prepared: Prepared) -> int:
+def _total_steps(recipe: Recipe, job: _Job) -> int:
     """Return the optimizer steps of the run.
 
     Raises:
         InputError: the best weights are asked for, and no held-out loss would be taken.
     """
-    assert prepared.train is not None
-    total = order.planned_steps(recipe.train, len(prepared.train))
+    assert job.prepared.train is not None
+    updates = job.objective.updates_per_rollout
+    total = order.planned_steps(recipe.train, len(job.prepared.train), updates=updates)
     require_best(recipe.train, total)
     return total

@@ -14,7 +14,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lora_cli import objectives
 from lora_cli.adapters import Method
 from lora_cli.data.chosen_tokens import require_used
 from lora_cli.data.render import settle_special_tokens
@@ -49,8 +48,8 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         log.line(f"evaluating {adapter or base}" + (f" on {recipe.model.base}" if adapter else ""))
         tokenizer, _ = opened.tokenizer_of(adapter, base)
         prepared = _held_out(recipe, tokenizer, adapter, rt, log)
-        objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
-        generated = evaluate_stage.plan(recipe.evaluate, prepared)
+        objective = opened.objective(recipe, prepared, rt)
+        generated = max(evaluate_stage.plan(recipe.evaluate, prepared), objective.require_rows(prepared))
         attention = fastest_attention(rt.device, recipe.data.max_length)
         model, method = opened.model(recipe, adapter, base, rt.device, attention=attention)
         inject.check_rows_fit(model, prepared, max_generated=generated)
@@ -79,14 +78,14 @@ def describe_data(recipe: Recipe, *, show: int = 0, rows: Sequence[str] = ()) ->
             recipe.data, recipe.train_on(), tokenizer, rt, log.line, consumes=every, spelled=named
         )
         assert prepared.train is not None
-        steps = planned_steps(recipe.train, len(prepared.train))
+        objective = opened.objective(recipe, prepared, rt)
+        steps = planned_steps(recipe.train, len(prepared.train), updates=objective.updates_per_rollout)
         refusals: list[str] = []
         for check in (lambda: require_used(prepared, named), lambda: require_best(recipe.train, steps)):
             try:
                 check()
             except InputError as error:
                 refusals += error.lines
-        objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
         return describe.run(
             recipe, prepared, config, consumes=objective.consumes, device=rt.device.type, refusals=refusals,
             show=show, rows=rows,

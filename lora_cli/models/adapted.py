@@ -78,6 +78,21 @@ class AdaptedModel:
         chosen = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)  # (N, H)
         return self.head.token_losses(chosen, targets[rows, places], best=best)
 
+    def token_losses_and_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what `token_losses` does first, (N,), and the last hidden state that predicts each token, (N, H)."""
+        targets = batch.labels[:, 1:]
+        rows, places = (targets != IGNORED).nonzero(as_tuple=True)
+        if self.head is not None:
+            hidden = self.head.hidden(**self._arguments(batch))
+            chosen = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)  # (N, H)
+            return self.head.token_losses(chosen, targets[rows, places], best=False)[0], chosen
+        output = self.model(**self._arguments(batch), use_cache=False, output_hidden_states=True)
+        index = rows * output.logits.shape[1] + places
+        logits, chosen = (
+            one.flatten(0, 1).index_select(0, index) for one in (output.logits, output.hidden_states[-1])
+        )
+        return nn.functional.cross_entropy(logits.float(), targets[rows, places], reduction="none"), chosen
+
     def trained_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) that predict each trained token, and those tokens (N,)."""
         targets = batch.labels[:, 1:]

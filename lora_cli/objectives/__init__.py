@@ -6,10 +6,11 @@ import importlib
 import pkgutil
 from typing import Any
 
-from lora_cli.objectives._base import Objective
+from lora_cli.objectives._base import Objective, Surroundings
 from lora_cli.recipe.objective_blocks import Objective as ObjectiveBlock
+from lora_cli.recipe.rollout_blocks import RolloutObjective
 
-__all__ = ["Objective", "build", "consumes", "names"]
+__all__ = ["Objective", "Surroundings", "build", "consumes", "names"]
 
 
 def names() -> list[str]:
@@ -19,6 +20,9 @@ def names() -> list[str]:
 
 def build(settings: ObjectiveBlock, *, pad_id: int) -> Objective:
     """Return the objective that the recipe's `objective` block asks for."""
+    if isinstance(settings, RolloutObjective):
+        sampled: Objective = _module(settings).OBJECTIVE(settings, pad_id=pad_id)
+        return sampled
     keys = settings.model_dump(exclude={"name", "train_on"})  # `train_on` is read where rows become tokens
     objective: Objective = _module(settings).OBJECTIVE(pad_id=pad_id, **keys)
     return objective

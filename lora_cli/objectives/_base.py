@@ -7,14 +7,15 @@ by the count over all micro-batches and processes, so that accumulation and data
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_cli.models.adapted import AdaptedModel
-from lora_cli.types import IGNORED, Batch, Conversation, Example, Item, Progress, Scores, Text
+from lora_cli.types import IGNORED, Batch, Conversation, Example, Item, Prepared, Progress, Scores, Text
 
 Rows = Sequence[tuple[int, Example]]
 """Tokenized rows with their index in the data set."""
@@ -24,6 +25,20 @@ Items = Sequence[tuple[int, Item]]
 
 Metrics = dict[str, Tensor]
 """Named sums over a batch's units, 0-d on its device, e.g. how many tokens were predicted right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What an objective that samples needs to know of the run."""
+
+    decode: Callable[[Sequence[int], bool], str]
+    """Tokens -> text, with control tokens where the second is true."""
+    stop_ids: tuple[int, ...]
+    seed: int
+    allow_code: bool
+    """Whether Python code that the recipe names may run."""
+    sum: Callable[[Sequence[float]], list[float]]
+    """Each value summed over all processes."""
 
 
 def batch_tokens(wanted: int | str, model: AdaptedModel, *, at_most: dict[str, int]) -> int:
@@ -49,10 +64,14 @@ class Objective(ABC):
 
     consumes: ClassVar[tuple[type, ...]] = (Conversation, Text)
     """Kinds of rows that it can learn from."""
-    reported: ClassVar[tuple[str, ...]] = ()
+    reported: tuple[str, ...] = ()
     """What `loss_sum` reports in evaluation."""
     watched: ClassVar[tuple[str, ...]] = ()
     """What of that it reports in training too."""
+    online: ClassVar[bool] = False
+    """Whether it learns from what it samples."""
+    updates_per_rollout: int = 1
+    """Optimizer steps in a row that get the same rows."""
 
     @abstractmethod
     def micro_batches(
@@ -71,6 +90,59 @@ class Objective(ABC):
     @abstractmethod
     def scores(self, means: Mapping[str, float]) -> Scores:
         """Return what evaluation reports, from the means over all units of `loss` and of what `loss_sum` reports."""
+
+    def begin(self, around: Surroundings) -> None:  # noqa: B027
+        """Take what the run is surrounded by, before any row is asked for."""
+
+    def require_rows(self, prepared: Prepared) -> int:
+        """Return the most tokens of a prompt and what is sampled of it; 0 where nothing is.
+
+        Raises:
+            InputError: a row is not one that it can learn from.
+        """
+        del prepared
+        return 0
+
+    def trainable(self, model: AdaptedModel) -> Mapping[str, nn.Parameter]:
+        """Return the weights that it trains besides those of the model, float32."""
+        del model
+        return {}
+
+    def trial_batches(
+        self, model: AdaptedModel, rows: Items, progress: Progress, *, tokens: int
+    ) -> list[Batch]:
+        """Return batches that cost what those of training do, and change nothing."""
+        return self.micro_batches(model, rows, progress, tokens=tokens)
+
+    def heldout_batches(
+        self, model: AdaptedModel, rows: Items, progress: Progress, *, tokens: int
+    ) -> list[Batch]:
+        """Return batches of held-out rows, which the model is scored by."""
+        return self.micro_batches(model, rows, progress, tokens=tokens)
+
+    def tokens(self, rows: Items, batches: Sequence[Batch]) -> int:
+        """Return how many tokens a step reads, padding aside."""
+        del batches
+        return sum(row.tokens for _, row in rows)
+
+    def step_metrics(self) -> dict[str, tuple[float, float]]:
+        """Return sums of the step that was made and what they are divided by, of the same names in every process.
+
+        Asked where `online`, as what follows.
+        """
+        return {}
+
+    def new_lines(self) -> list[list[str]]:
+        """Return what was sampled since it was asked last, a JSON line of each completion, by prompt."""
+        return []
+
+    def state_dict(self, step: int) -> dict[str, Tensor]:
+        """Return what the step to come needs of this process besides the weights."""
+        del step
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Take what `state_dict` returned, of all processes, joined along the first axis."""
 
 
 def pad_batches(rows: Rows, *, tokens: int, pad_id: int, device: torch.device) -> list[Batch]:

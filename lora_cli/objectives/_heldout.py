@@ -38,7 +38,7 @@ def heldout_sums(
 
     def batches_of(rows: Sequence[int]) -> list[Batch]:
         read = [(row, examples[row]) for row in rows]
-        return objective.micro_batches(model, read, Progress(0, 1), tokens=size.tokens)
+        return objective.heldout_batches(model, read, Progress(0, 1), tokens=size.tokens)
 
     with model.evaluating():
         for first in range(0, len(by_length), 256):

@@ -16,6 +16,7 @@ METRIC_OF_SCORE = {
     "perplexity": "loss",
     "token_accuracy": "loss",
     "exact_match": "exact_match",
+    "reward": "loss",
 }
 """Score a gate may bound -> entry of `evaluate.metrics` that computes it."""
 

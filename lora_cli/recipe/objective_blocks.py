@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lora_cli.recipe.rollout_blocks import GrpoObjective, PpoObjective, RlooObjective
 from lora_cli.recipe.section import Section
 
 Strength = Annotated[float, Field(gt=0.0, le=100.0)]
@@ -76,5 +77,13 @@ class CpoObjective(Section):
 
 
 Objective = Annotated[
-    SftObjective | DpoObjective | OrpoObjective | SimpoObjective | CpoObjective, Field(discriminator="name")
+    SftObjective
+    | DpoObjective
+    | OrpoObjective
+    | SimpoObjective
+    | CpoObjective
+    | GrpoObjective
+    | RlooObjective
+    | PpoObjective,
+    Field(discriminator="name"),
 ]

@@ -30,6 +30,7 @@ from lora_cli.recipe.lora_block import LoraAdapter as LoraAdapter
 from lora_cli.recipe.lora_block import QloraAdapter as QloraAdapter
 from lora_cli.recipe.objective_blocks import Objective as Objective
 from lora_cli.recipe.objective_blocks import SftObjective as SftObjective
+from lora_cli.recipe.rollout_blocks import RolloutObjective as RolloutObjective
 from lora_cli.recipe.section import Conflict as Conflict
 from lora_cli.recipe.section import Fraction, NonNegativeInt, PositiveInt
 from lora_cli.recipe.section import Section as Section
@@ -169,6 +170,8 @@ class Run(Section):
     """auto: cuda where there is one, else cpu."""
     deterministic: bool = False
     """Compute on a GPU by algorithms that repeat their bits, some of them slower. A CPU repeats them anyway."""
+    allow_code: bool = False
+    """Let Python code run that the recipe names, as a reward may: read it before."""
 
 
 class Recipe(Section):
@@ -193,6 +196,7 @@ class Recipe(Section):
             message = f"found {self.adapter.masters}, but a float32 weight is its own master (remove the key)"
             yield Conflict("adapter.masters", message, reads=("model.dtype",))
         yield from self._quantization_conflicts()
+        yield from self._rollout_conflicts()
         if not self.data.holds_out() and self.train.eval_every is not None:
             message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"
             yield Conflict("train.eval_every", message, reads=("data.eval",))
@@ -203,7 +207,7 @@ class Recipe(Section):
             if self.data.format == "text":
                 message = "found exact_match, but text rows have no answer to compare (use loss)"
                 yield Conflict("evaluate.metrics", message, reads=("data.format",))
-            if not isinstance(self.objective, SftObjective):
+            if not isinstance(self.objective, SftObjective | RolloutObjective):
                 message = (
                     f"found exact_match, but {self.objective.name} learns from pairs of answers (use loss)"
                 )
@@ -213,6 +217,22 @@ class Recipe(Section):
                     "found exact_match, which needs to know the answers (set objective.train_on: assistant)"
                 )
                 yield Conflict("evaluate.metrics", message, reads=("objective.train_on",))
+
+    def _rollout_conflicts(self) -> Iterator[Conflict]:
+        if not isinstance(self.objective, RolloutObjective):
+            return
+        if not self.run.allow_code and (
+            code := [one for one in self.objective.rewards if one.name == "python"]
+        ):
+            message = (
+                f"found {code[0].file}, Python code that would run (read it, then set run.allow_code: true)"
+            )
+            yield Conflict("objective.rewards", message, reads=("run.allow_code",))
+        if self.data.format == "text":
+            message = (
+                "found text, but a text has no prompt to complete (use another format, or the objective sft)"
+            )
+            yield Conflict("data.format", message, reads=("objective.name",))
 
     def _quantization_conflicts(self) -> Iterator[Conflict]:
         form, reads = self.model.quantize, ("adapter.method",)
@@ -235,7 +255,8 @@ class Recipe(Section):
 
     def train_on(self) -> str:
         """Return which tokens of a row are trained: of answers that are compared, always the answer."""
-        return self.objective.train_on if isinstance(self.objective, SftObjective) else "completion"
+        objective = self.objective
+        return objective.train_on if isinstance(objective, SftObjective | RolloutObjective) else "completion"
 
     def at(self, key: str) -> str:
         """Return `file:line:column: key` where the key was written, `key` alone where it is a default."""

@@ -4,6 +4,7 @@
       state.json              counts and the best held-out loss; the step is all the randomness there is
       optimizer.safetensors   masters and moments
       method.safetensors      what the adapter method keeps besides
+      objective.safetensors   what the objective needs of the steps before, where it needs any
       manifest.json           size and sha256 of each; recipe, data, base, versions
 
 The newest checkpoint is the one with the highest step that verifies, never the one with the latest time. An older one
@@ -32,6 +33,7 @@ from lora_cli.runtime._moments import SMALLEST
 from lora_cli.runtime.optim import MasterAdamW
 
 _NAME = re.compile(r"step-(\d+)")
+OBJECTIVE_FILE = "objective.safetensors"
 
 
 @dataclass
@@ -111,7 +113,12 @@ class Checkpoints:
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
     def save(
-        self, state: State, optimizer: MasterAdamW, method_state: dict[str, Tensor], facts: dict[str, Any]
+        self,
+        state: State,
+        optimizer: MasterAdamW,
+        method_state: dict[str, Tensor],
+        facts: dict[str, Any],
+        objective_state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write a checkpoint of `state.step`, then delete all but the newest ones and the best.
 
@@ -124,12 +131,14 @@ class Checkpoints:
         sweep(self.folder)
         target = self.folder / f"step-{state.step}"
         tensors = optimizer.state_dict()
-        needed = bytes_of(tensors) + bytes_of(method_state)
+        needed = bytes_of(tensors) + bytes_of(method_state) + bytes_of(objective_state or {})
         with published(target, replace=True, facts={"step": state.step, **facts}, needed=needed) as staging:
             text = json.dumps(asdict(state), indent=2, allow_nan=False)
             (staging / "state.json").write_text(text + "\n", encoding="utf-8")
             save_tensors(tensors, staging / "optimizer.safetensors")
             save_tensors(method_state, staging / "method.safetensors")
+            if objective_state:
+                save_tensors(objective_state, staging / OBJECTIVE_FILE)
         self.prune(state)
 
     def prune(self, state: State) -> None:
@@ -189,6 +198,18 @@ class Checkpoints:
         """
         with self.opened(step) as (_, _, method):
             return {name: tensor.clone() for name, tensor in method.items()}
+
+    def objective_state(self, step: int) -> dict[str, Tensor]:
+        """Return the objective's tensors of a checkpoint; empty where it needed none.
+
+        Raises:
+            InputError: the checkpoint is missing, damaged, or was changed while it was read.
+        """
+        path = self.folder / f"step-{step}" / OBJECTIVE_FILE
+        with self.opened(step):
+            if not path.is_file():
+                return {}
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
     def _verify(self, step: int) -> _Verified:
         """Compare a checkpoint with its manifest, unless that was done and no file was touched since.

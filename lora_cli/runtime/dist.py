@@ -85,6 +85,16 @@ class Runtime:
         every = self.sum(slots)
         return [every[first : first + len(values)] for first in range(0, len(every), len(values))]
 
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """Return what every process has, by its rank."""
+        sizes = [int(size) for (size,) in self.gather([float(len(content))])]
+        slots = torch.zeros(self.world_size, max(*sizes, 1), dtype=torch.uint8, device=self.device)
+        slots[self.rank, : len(content)] = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)[
+            : len(content)
+        ]
+        self.sum_tensors([slots])
+        return [bytes(row[:size].tolist()) for row, size in zip(slots, sizes, strict=True)]
+
     @property
     def stopping(self) -> bool:
         """Whether this process was asked to stop; another one may not have been yet."""

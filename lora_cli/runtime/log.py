@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from lora_cli.disk import writing
 from lora_cli.redaction import redacted
 
 METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
 
 
 class Log:
@@ -35,6 +37,7 @@ class Log:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._metrics: IO[str] | None = None
+        self._rollouts: Path | None = None
 
     def line(self, text: str) -> None:
         """Print one message."""
@@ -49,6 +52,8 @@ class Log:
     def open_metrics(self, folder: Path, *, keep_steps: int) -> None:
         """Open metrics.jsonl for appending after dropping the lines of steps beyond `keep_steps`.
 
+        rollouts.jsonl, if there is one, is cut alike.
+
         Raises:
             ResourceError: it cannot be written.
         """
@@ -59,6 +64,10 @@ class Log:
             if path.exists():
                 _cut(path, keep_steps)
             self._metrics = path.open("a", encoding="utf-8")
+        self._rollouts = folder / ROLLOUTS_FILE
+        with writing(self._rollouts):
+            if self._rollouts.exists():
+                _cut(self._rollouts, keep_steps)
 
     def metrics(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl.
@@ -70,6 +79,16 @@ class Log:
             with writing(Path(self._metrics.name)):
                 self._metrics.write(json.dumps(values) + "\n")
                 self._metrics.flush()
+
+    def rollouts(self, lines: Sequence[str]) -> None:
+        """Append lines to rollouts.jsonl, which the first of them makes.
+
+        Raises:
+            ResourceError: they cannot be written.
+        """
+        if self._rollouts is not None and lines:
+            with writing(self._rollouts), self._rollouts.open("a", encoding="utf-8") as file:
+                file.write("".join(line + "\n" for line in lines))
 
     def start_progress(self, total: int, done: int, unit: str = "step") -> None:
         """Show a progress line, on a terminal."""

@@ -24,9 +24,11 @@ def total_steps(num_rows: int, batch_size: int, *, epochs: float, max_steps: int
     return max(1, math.ceil(round(epochs * steps_per_epoch(num_rows, batch_size), 9)))
 
 
-def planned_steps(settings: Train, num_rows: int) -> int:
-    """Return the optimizer steps of a run over so many training rows."""
-    return total_steps(num_rows, settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps)
+def planned_steps(settings: Train, num_rows: int, *, updates: int = 1) -> int:
+    """Return the optimizer steps of a run over so many training rows, with so many `updates` on the same ones."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return updates * total_steps(num_rows, settings.batch_size, epochs=settings.epochs, max_steps=None)
 
 
 def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:

@@ -1,6 +1,6 @@
 """The folder a run leaves behind: who owns it, what stands in it, and the summary.
 
-recipe.yaml  metrics.jsonl  generations.jsonl  checkpoints/  adapter/  merged/  portable/
+recipe.yaml  metrics.jsonl  rollouts.jsonl  generations.jsonl  checkpoints/  adapter/  merged/  portable/
 summary.json
 """
 
@@ -28,6 +28,7 @@ OURS = (
     RECIPE_FILE,
     SUMMARY_FILE,
     "metrics.jsonl",
+    "rollouts.jsonl",
     "generations.jsonl",
     CHECKPOINTS,
     *EXPORTS.values(),

@@ -107,7 +107,7 @@ class Activations:
 
     def _count(self, rows: Items, progress: Progress) -> Saved:
         tokens = sum(row.tokens for _, row in rows)
-        (batch,) = self.objective.micro_batches(self.model, rows, progress, tokens=tokens)
+        (batch,) = self.objective.trial_batches(self.model, rows, progress, tokens=tokens)
         self.model.model.train()
         return saved_bytes(
             self.model.model, self.layers.layers, lambda: self.objective.loss_sum(self.model, batch)

@@ -68,7 +68,7 @@ def _compile(
         with torch.random.fork_rng(gpus):
             for rows in _canonical_rows(examples, packs=model.packs):
                 tokens = sum(row.tokens for row in rows) + len(rows) * _TOKENS
-                for batch in objective.micro_batches(
+                for batch in objective.trial_batches(
                     model, list(enumerate(rows)), Progress(0, 1), tokens=tokens
                 ):
                     loss, _ = objective.loss_sum(model, batch)

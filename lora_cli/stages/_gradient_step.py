@@ -26,6 +26,7 @@ from lora_cli.stages import _spikes
 from lora_cli.stages._activations import Activations
 from lora_cli.stages._compilation import compile_layers
 from lora_cli.stages._micro_batches import MicroBatches, Passes
+from lora_cli.stages._sampled import step_metrics
 from lora_cli.types import Examples, Item, Progress
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -52,7 +53,7 @@ class GradientStep:
         self.settings, self.model, self.method, self.objective = settings, model, method, objective
         self.examples, self.seed, self.rt, self.log = examples, seed, rt, log
         self.state = State()
-        self.total = order.planned_steps(settings, len(self.examples))
+        self.total = order.planned_steps(settings, len(self.examples), updates=objective.updates_per_rollout)
         self.warmup = schedule.warmup_steps(settings.warmup, self.total)
         self.tokens = batch_tokens(settings.micro_batch_tokens, model, at_most=MICRO_BATCH_TOKENS)
         """Tokens of a forward pass as the recipe has it."""
@@ -87,7 +88,7 @@ class GradientStep:
         progress = Progress(state.step, self.total)
         mine = self._rows_of(state.step)
         batches = self.passes.split(mine, progress)
-        counts = [sum(map(self.objective.units, batches)), sum(row.tokens for _, row in mine)]
+        counts = [sum(map(self.objective.units, batches)), self.objective.tokens(mine, batches)]
         units, tokens = rt.sum(counts)
         passes = self.passes.add_up(mine, batches, progress, max(units, 1.0))
         # The sum carries a NaN of any process to all of them, so all stop at the same step.
@@ -95,6 +96,7 @@ class GradientStep:
         if stopping:
             self.optimizer.zero_grad()
             return {}
+        told = step_metrics(self.objective, rt)
         rt.sum_tensors(self.optimizer.gradients())
         norm = self.optimizer.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
@@ -124,6 +126,7 @@ class GradientStep:
             "trained_tokens": state.trained_tokens,
             "tokens_per_second": tokens / seconds,
             **self._watched(loss, watched, max(units, 1.0)),
+            **told,
         }
         return metrics | ({"skipped": state.skipped} if self.settings.skip_spikes is not None else {})
 
@@ -149,8 +152,9 @@ class GradientStep:
         state, batch_size, lengths = self.state, self.settings.batch_size, self.examples.lengths
         if state.step >= self.total:
             return
-        longest = order.step_of_longest(
-            lengths, state.step, self.total, batch_size=batch_size, seed=self.seed
+        each = self.objective.updates_per_rollout
+        longest = each * order.step_of_longest(
+            lengths, state.step // each, -(-self.total // each), batch_size=batch_size, seed=self.seed
         )
         rows = self._rows_of(longest)
         if rows:
@@ -171,6 +175,7 @@ class GradientStep:
             self.method.load_state_dict(method)  # first: what is trained may depend on it
             self._follow_method()
             self.optimizer.load_state_dict(optimizer)
+        self.objective.load_state_dict(checkpoints.objective_state(step))
         if state.compiled != self.compiled:
             was, now = ("compiled" if one else "plain" for one in (state.compiled, self.compiled))
             self.log(
@@ -196,20 +201,26 @@ class GradientStep:
 
     def _follow_method(self) -> None:
         """Have the optimizer update what the method trains now."""
-        method, trainable = self.method, self.method.trainable(self.model.model)
+        method, own = self.method, self.objective.trainable(self.model)
+        trainable = {**method.trainable(self.model.model), **own}
         if not self.optimizer.updates(trainable):
             self.optimizer.set_parameters(
                 trainable,
-                rate_factors={name: method.rate_factor(name) for name in trainable},
+                rate_factors={name: method.rate_factor(name) for name in trainable if name not in own},
                 undecayed={
-                    name for name, parameter in trainable.items() if not method.decays(name, parameter)
+                    name
+                    for name, parameter in trainable.items()
+                    if name in own or not method.decays(name, parameter)
                 },
             )
 
     def _rows_of(self, step: int) -> list[tuple[int, Item]]:
         """Return this process' rows of a step."""
         rows = order.rows_of_step(
-            step, num_rows=len(self.examples), batch_size=self.settings.batch_size, seed=self.seed
+            step // self.objective.updates_per_rollout,
+            num_rows=len(self.examples),
+            batch_size=self.settings.batch_size,
+            seed=self.seed,
         )
         return [(row, self.examples[row]) for row in rows[self.rt.rank :: self.rt.world_size]]
 

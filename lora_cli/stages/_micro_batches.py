@@ -102,7 +102,7 @@ class MicroBatches:
             ResourceError: a single row does not fit into memory.
         """
         while True:
-            batches = self.split(rows, progress)
+            batches = self.objective.trial_batches(self.model, rows, progress, tokens=self.size.tokens)
             largest = {id(one): one for one in (max(batches, key=_tokens), max(batches, key=self._longest))}
             gpus = [self.model.device] if self.model.device.type == "cuda" else []
             with torch.random.fork_rng(gpus), attempt() as tried:

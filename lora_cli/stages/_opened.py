@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from lora_cli import adapters
+from lora_cli import adapters, objectives
 from lora_cli.adapters import Method, Start, _peft
 from lora_cli.data.chosen_tokens import add_tokens, token_ids
 from lora_cli.errors import InputError
@@ -18,8 +18,11 @@ from lora_cli.models.load import DTYPES, base_fingerprint, base_folder, load_mod
 from lora_cli.models.nf4 import Quantization
 from lora_cli.models.safety import check_tokenizer
 from lora_cli.models.weight_files import read_json
+from lora_cli.objectives import Objective, Surroundings
 from lora_cli.recipe.schema import Recipe
+from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.run_folder import RunFolder
+from lora_cli.types import Prepared
 
 
 def base(recipe: Recipe, log: Callable[[str], None]) -> Path:
@@ -39,6 +42,22 @@ def _model_folder(name: str, revision: str | None, recipe: Recipe, log: Callable
     if runs_code and name != "tiny":
         log(f"warning: model.trust_remote_code: Python code in {folder} will run")
     return folder
+
+
+def objective(recipe: Recipe, prepared: Prepared, rt: Runtime) -> Objective:
+    """Return the recipe's objective, told of what surrounds it.
+
+    Raises:
+        InputError: Python code that it names may not run, or cannot be loaded.
+    """
+
+    def decode(ids: Sequence[int], keep_special: bool) -> str:
+        text: str = prepared.tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
+        return text.strip()
+
+    found = objectives.build(recipe.objective, pad_id=prepared.pad_id)
+    found.begin(Surroundings(decode, prepared.stop_ids, recipe.run.seed, recipe.run.allow_code, rt.sum))
+    return found
 
 
 def locate(target: Path, recipe: Recipe, log: Callable[[str], None]) -> tuple[Path | None, Path]:

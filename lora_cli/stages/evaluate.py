@@ -24,10 +24,11 @@ from lora_cli.models.memory import PassSize, attempt
 from lora_cli.objectives import Objective
 from lora_cli.objectives._base import batch_tokens
 from lora_cli.objectives._heldout import heldout_sums, means_of
+from lora_cli.objectives._prompts import split_answer
 from lora_cli.recipe.schema import Evaluate
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Log
-from lora_cli.types import Evaluated, Example, Examples, Prepared, Scores
+from lora_cli.types import Evaluated, Examples, Prepared, Scores
 
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 REMEDY = "lower data.max_length or evaluate.max_new_tokens, or set model.quantize: nf4"
@@ -97,15 +98,6 @@ def _max_new_tokens(settings: Evaluate, answers: Sequence[np.ndarray]) -> int:
     if settings.max_new_tokens != "auto":
         return settings.max_new_tokens
     return max(len(answer) for answer in answers)
-
-
-def split_answer(example: Example) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens before the row's last trained run, and that run: prompt (P,) and answer (A,)."""
-    (trained,) = np.nonzero(example.trained)
-    last = trained[-1]
-    untrained_before = np.nonzero(~example.trained[: last + 1])[0]
-    first = untrained_before[-1] + 1 if len(untrained_before) else 0
-    return example.input_ids[:first], example.input_ids[first : last + 1]
 
 
 class _Scorer:
@@ -245,6 +237,6 @@ def _table(base: Scores, tuned: Scores) -> Table:
     table.add_column("tuned" if base else "model", justify="right")
     for name in tuned:
         cells = [base[name], tuned[name]] if base else [tuned[name]]
-        percent = name in ("exact_match", "token_accuracy", "preference_accuracy")
+        percent = name in ("exact_match", "token_accuracy", "preference_accuracy", "ended")
         table.add_row(name, *(f"{value:.1%}" if percent else f"{value:,.4f}" for value in cells))
     return table

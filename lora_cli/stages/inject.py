@@ -127,7 +127,13 @@ def check_rows_fit(model: PreTrainedModel, prepared: Prepared, *, max_generated:
     """
     embedding: Any = model.get_input_embeddings()
     limit = _learned_positions(model)
-    for split, examples, needed in (("train", prepared.train, 0), ("eval", prepared.eval, max_generated)):
+    sampled = (
+        0 if prepared.eval is not None else max_generated
+    )  # of training rows, where an objective samples
+    for split, examples, needed in (
+        ("train", prepared.train, sampled),
+        ("eval", prepared.eval, max_generated),
+    ):
         if examples is None:
             continue
         if examples.max_token >= embedding.num_embeddings:
@@ -139,7 +145,7 @@ def check_rows_fit(model: PreTrainedModel, prepared: Prepared, *, max_generated:
         if limit is not None and longest > limit:
             raise InputError(
                 f"data.{split}: the longest row needs {longest} positions, but the model has {limit}"
-                " (lower data.max_length, or evaluate.max_new_tokens)"
+                " (lower data.max_length, or evaluate.max_new_tokens or what an objective samples)"
             )
 
 

@@ -25,6 +25,7 @@ from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Log
 from lora_cli.stages._gradient_step import GradientStep
 from lora_cli.stages._micro_batches import REMEDY
+from lora_cli.stages._sampled import joined_state, new_lines
 from lora_cli.types import Examples, Prepared, Trained
 
 
@@ -63,7 +64,8 @@ def run(
     def save() -> None:
         nonlocal saved
         if state.step and asdict(state) != saved:
-            rt.in_main(lambda: checkpoints.save(state, step.optimizer, method.state_dict(), facts))
+            kept = joined_state(objective, state.step, rt)
+            rt.in_main(lambda: checkpoints.save(state, step.optimizer, method.state_dict(), facts, kept))
             saved = asdict(state)
 
     with interrupts.deferred():
@@ -100,6 +102,7 @@ def _take_steps(
             return
         metrics = step.take()
         if metrics:
+            log.rollouts(new_lines(step.objective, rt))
             if state.step % settings.log_every == 0 or state.step in (1, total):
                 _report(metrics, total, log)
             log.advance(state.step, _status(metrics))
