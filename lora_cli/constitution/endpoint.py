@@ -9,6 +9,7 @@ from __future__ import annotations
 import email.utils
 import http.client
 import json
+import math
 import random
 import ssl
 import threading
@@ -96,6 +97,8 @@ class Client:
             NoLogprobs: it does not give log-probabilities.
         """
         content = json.dumps(body).encode()
+        if self._stopped.is_set():
+            raise ResourceError(f"{self._name}: was given up (the same command goes on where it stood)")
         for attempt in range(self._retries + 1):
             try:
                 return self._once(content)
@@ -139,7 +142,8 @@ class Client:
             raise _Again(f"the connection failed: {reason}") from None
         text = self._without_key(raw.decode("utf-8", "replace"))
         try:
-            value = json.loads(text)
+            # No JSON has NaN or Infinity, and no file of ours takes them.
+            value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
         except (ValueError, RecursionError):
             value = None
         if status == 200:
@@ -227,6 +231,11 @@ def require_key(variable: str | None, environment: Mapping[str, str], place: str
             f"{place}.key_from: the variable {variable} holds what is no key (look at its value)"
         )
     return key
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def _message(value: Any, text: str) -> tuple[str, str]:

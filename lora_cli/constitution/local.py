@@ -1,4 +1,4 @@
-"""A voice that is a model in this process: greedy answers, and the probabilities of the judge's two letters.
+"""A voice that is a model in this process: greedy and drawn answers, and the probabilities of a judge's two letters.
 
 Shapes: B conversations, T tokens of the longest, V vocabulary.
 """
@@ -15,7 +15,11 @@ import torch
 from lora_cli.constitution.voice import Asked, Verdict
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
+from lora_cli.models.sampling import Draw, sample
 from lora_cli.types import IGNORED, Batch, Message
+
+PASS_TOKENS = {"cpu": 8192, "cuda": 65536}
+"""Padded tokens of prompts and answers that are drawn together, at most."""
 
 Ids = npt.NDArray[np.int32]
 
@@ -66,6 +70,31 @@ class LocalVoice:
             log_probabilities = logits.double().log_softmax(dim=-1)
         found = iter([self._verdict(row) for row in log_probabilities])
         return [None if prompt is None else next(found) for prompt in prompts]
+
+    def samples(
+        self, asked: Sequence[Asked], seeds: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[str] | None]:
+        """Return a drawn next turn of each conversation for each of its seeds; None where it has no place."""
+        prompts = [self.fitting(one, self.answer_tokens) for one in asked]
+        wanted = [
+            (row, seed) for row, prompt in enumerate(prompts) for seed in seeds[row] if prompt is not None
+        ]
+        draw = Draw(self.answer_tokens, self.stop_ids, temperature)
+        with self.model.evaluating():
+            drawn = sample(
+                self.model,
+                [prompt for row, _ in wanted if (prompt := prompts[row]) is not None],
+                [seed for _, seed in wanted],
+                draw,
+                pad_id=self.pad_id,
+                tokens=PASS_TOKENS[self.model.device.type],
+            )
+        found: list[list[str] | None] = [None if prompt is None else [] for prompt in prompts]
+        for (row, _), completion in zip(wanted, drawn, strict=True):
+            texts = found[row]
+            assert texts is not None
+            texts.append(self.decode(completion.answer()))
+        return found
 
     def fitting(self, one: Asked, new_tokens: int) -> Ids | None:
         """Return the tokens of a conversation; None where they and the new ones are more than the model has places."""

@@ -1,10 +1,10 @@
 """A voice behind an endpoint that speaks OpenAI's chat completions.
 
 A judge's log-odds come from the log-probabilities of the first token (`logprobs`, `top_logprobs`), where the endpoint
-gives them: A's is the sum over the tokens that are the letter without white space. A letter that is not among the listed
-tokens is less likely than the last of them, whose probability takes its place: the odds are then a lower bound. Where
-it gives none, it is asked several times at temperature 1, and the odds are (a + 1/2) / (b + 1/2) of the votes, finite
-and without bias to the first order (Haldane 1956).
+gives them: A's is the sum over the tokens that are the letter without white space. A letter that is not among the
+listed tokens is less likely than the last of them, whose probability takes its place: the odds are then a lower bound.
+Where it gives none, it is asked several times at temperature 1, and the odds are (a + 1/2) / (b + 1/2) of the votes,
+finite and without bias to the first order (Haldane 1956).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ _ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": 
 
 
 def critique_turns(prompt: Turns, answer: str, principle: Principle) -> Turns:
-    """Return the conversation that ends with the request for a critique of an answer (arXiv 2212.08073, section 3.1)."""
+    """Return the conversation that ends with the request for a critique (arXiv 2212.08073, section 3.1)."""
     return (*prompt, Message("assistant", answer), Message("user", principle.critique))
 
 
