@@ -6,13 +6,14 @@ Shapes: B conversations, T tokens of the longest, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lora_cli.constitution.voice import Asked, Verdict
+from lora_cli.constitution.voice import Asked, Verdict, Voice
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.sampling import Draw, sample
@@ -118,6 +119,15 @@ class LocalVoice:
         device = self.model.device
         rows = tuple(range(len(prompts)))
         return Batch(ids.to(device), mask.to(device), labels.to(device), rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Voices:
+    """Who answers the prompts, who criticises and revises, and who judges; None where the recipe needs none."""
+
+    model: LocalVoice
+    critic: Voice | None
+    judge: Voice | None
 
 
 def letters(tokenizer: Any) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ import torch
 from lora_cli.adapters import Start
 from lora_cli.constitution.endpoint import require_key
 from lora_cli.constitution.ledger import Ledger
-from lora_cli.constitution.local import LocalVoice, letters
+from lora_cli.constitution.local import LocalVoice, Voices, letters
 from lora_cli.constitution.remote import EndpointVoice
 from lora_cli.constitution.voice import Voice
 from lora_cli.data.templates import with_template
@@ -22,7 +22,6 @@ from lora_cli.models.load import DTYPES, base_fingerprint, base_folder, load_mod
 from lora_cli.recipe.schema import Constitution, Critic, Judge, Recipe
 from lora_cli.stages import _opened as opened
 from lora_cli.stages._conversation import Conversations
-from lora_cli.stages.constitution import Voices
 
 
 def identities(recipe: Recipe, settings: Constitution, base: Path, start: Start | None) -> dict[str, Any]:

@@ -27,10 +27,10 @@ from lora_cli.constitution.journal import (
     dumped,
     rows_of,
 )
-from lora_cli.constitution.local import LocalVoice
+from lora_cli.constitution.local import Voices
 from lora_cli.constitution.principles import Principle, Principles
 from lora_cli.constitution.requests import as_json, critique_turns, judge_turns, revision_turns
-from lora_cli.constitution.voice import Asked, Voice, margin
+from lora_cli.constitution.voice import Asked, margin
 from lora_cli.publish import write_lines
 from lora_cli.recipe.schema import Constitution
 from lora_cli.runtime.log import Log
@@ -39,15 +39,6 @@ from lora_cli.types import Conversation
 
 TOO_LONG = "the conversation is too long for the model"
 EMPTY = "the answer is empty"
-
-
-@dataclass(frozen=True, slots=True)
-class Voices:
-    """Who answers the prompts, who criticises and revises, and who judges; None where the recipe needs none."""
-
-    model: LocalVoice
-    critic: Voice | None
-    judge: Voice | None
 
 
 def run(

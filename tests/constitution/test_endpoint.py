@@ -188,10 +188,9 @@ def test_a_fault_of_one_keeps_the_answers_of_the_others(server: ChatServer, tmp_
     server.faults = [None, None, (401, {}, {})]
     with pytest.raises(InputError):
         voice(server, tmp_path, parallel=1).answers(ASKED)
-    assert len((tmp_path / "endpoint.jsonl").read_text().splitlines()) == 2
-    known = len(server.bodies)
+    assert len((tmp_path / "endpoint.jsonl").read_text().splitlines()) == len(server.bodies) - 1 >= 2
     assert voice(server, tmp_path, parallel=1).answers(ASKED) == ["An answer."] * 6
-    assert len(server.bodies) == known + 4
+    assert len(server.bodies) == 7  # the refused one twice
 
 
 def test_the_key_is_in_no_file_and_no_line(server: ChatServer, tmp_path: Path) -> None:

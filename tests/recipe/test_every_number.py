@@ -30,10 +30,11 @@ def test_what_is_no_number_of_its_range_is_refused(
 ) -> None:
     """NaN, infinity, -1 and a text that looks like a number: exit 2, and one line with file, line, column and key."""
     monkeypatch.chdir(tmp_path)
-    section, _, name = key.path.partition(".")
-    block = f"method: {key.variant}, " if section == "adapter" else ""
+    section, *inner, name = key.path.split(".")
+    block = {"adapter": f"method: {key.variant}, ", "constitution": "file: c.yaml, "}.get(section, "")
+    block += "".join(f"{one}: {{" for one in inner)
     for value in VALUES:
-        Path("r.yaml").write_text(f"{section}: {{{block}{name}: {value}}}\n")
+        Path("r.yaml").write_text(f"{section}: {{{block}{name}: {value}{'}' * len(inner)}}}\n")
         before = snapshot(tmp_path)
         result = run_here(capsys, "train", "r.yaml")
         assert result.code == 2
