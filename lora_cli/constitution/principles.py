@@ -142,10 +142,10 @@ def _principle(node: Node, key: str, problems: list[str]) -> Principle | None:
             near = nearest(name, _KEYS)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(_KEYS)}"
             problems.append(f"{place}: {key}.{name}: unknown key ({hint})")
-    texts = [_text(node, name, key, problems) for name in _TEXTS]
+    name, critique, revision, judge = (_text(node, one, key, problems) for one in _TEXTS)
     weight = _weight(node.entries, key, problems)
-    patterns = [_patterns(node.entries, name, key, problems) for name in _PATTERNS]
-    return Principle(*texts, weight, *patterns)
+    forbidden, repeated = (_patterns(node.entries, one, key, problems) for one in _PATTERNS)
+    return Principle(name, critique, revision, judge, weight, forbidden, repeated)
 
 
 def _text(node: MappingNode, name: str, key: str, problems: list[str]) -> str:

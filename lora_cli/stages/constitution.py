@@ -202,7 +202,7 @@ class _Making:
             if texts[first] and texts[second] and texts[first] != texts[second]
         ]
         verdicts = judge.compare([request for one in pairs for request in one.asked(self.prompts[one.row])])
-        lines = {
+        lines: dict[int, dict[str, Any]] = {
             row: {
                 "where": self.prompts[row].where, "prompt": as_json(self.prompts[row].messages),
                 "samples": texts, "pairs": [], "left_out": TOO_LONG if texts is None else None,

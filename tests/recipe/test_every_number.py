@@ -48,6 +48,6 @@ def test_what_is_no_number_of_its_range_is_refused(
 def test_there_are_numbers_of_every_block() -> None:
     """The list above has keys of each block that holds numbers."""
     assert {key.path.partition(".")[0] for key in NUMBERS} == {
-        "data", "adapter", "train", "evaluate", "export", "run"
+        "data", "adapter", "train", "evaluate", "export", "constitution", "run"
     }  # fmt: skip
     assert len(NUMBERS) > 40
