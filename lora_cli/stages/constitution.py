@@ -39,6 +39,7 @@ from lora_cli.types import Conversation
 
 TOO_LONG = "the conversation is too long for the model"
 EMPTY = "the answer is empty"
+ALIKE = "no two of its samples differ and say something"
 
 
 def run(
@@ -119,7 +120,7 @@ class _Making:
         self, journal: Path, path: Path, rows: Callable[[dict[str, Any]], Iterator[dict[str, Any]]]
     ) -> dict[str, int]:
         """Write the training rows of a journal as one file, and return how many there are and were left out."""
-        counts = {"written": 0, "left_out": 0}
+        counts = {"written": 0, "left_out": 0, "judged": 0}
 
         def lines() -> Iterator[bytes]:
             for line in rows_of(journal):
@@ -127,14 +128,19 @@ class _Making:
                     counts["left_out"] += 1
                     if counts["left_out"] <= 3:
                         self.log.line(f"warning: {line['where']}: left out: {line['left_out']}")
+                counts["judged"] += len(line.get("pairs", ()))
                 for row in rows(line):
                     counts["written"] += 1
                     yield dumped(row)
 
         write_lines(path, lines())
         name = path.name.partition(".")[0]
+        found = {f"{name}_rows": counts["written"], f"{name}_left_out": counts["left_out"]}
+        if path.name == PAIRS_FILE:
+            found["pairs_undecided"] = counts["judged"] - counts["written"]
+            self.log.line(f"{path}: {found['pairs_undecided']:,} judged pairs are not above the margin")
         self.log.line(f"{path}: {counts['written']:,} rows, {counts['left_out']:,} prompts left out")
-        return {f"{name}_rows": counts["written"], f"{name}_left_out": counts["left_out"]}
+        return found
 
     def revised(self, batch: range) -> list[dict[str, Any]]:
         """Return the lines of critiques.jsonl of some prompts."""
@@ -220,6 +226,9 @@ class _Making:
                 "margin": margin(forward, backward),
             }  # fmt: skip
             lines[one.row]["pairs"].append(found)
+        for line in lines.values():
+            if not line["pairs"] and line["left_out"] is None:
+                line["left_out"] = ALIKE
         return list(lines.values())
 
     def pair_rows(self, line: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -208,7 +208,7 @@ def test_an_endpoint_criticises_and_judges(tmp_path: Path, capsys: pytest.Captur
 def test_another_local_model_judges_and_criticises(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder is read once for both, and its answers are its own; a row that has no place in it is left out and told."""
+    """A folder is read once for both; a row that has no place in it is left out and told."""
     other = {"kind": "local", "folder": str(base)}
     short = {"name": "short", "critique": "why", "revision": "again", "judge": "which"}
     recipe = write(tmp_path, critic=other, judge=other, file=str(tmp_path / "short.yaml"))
@@ -256,6 +256,7 @@ def test_a_judge_that_always_prefers_the_first_makes_no_pairs(
     assert {pair["margin"] for pair in judged} == {0.0}
     assert {tuple(pair["log_odds"]) for pair in judged} == {(4.59, 4.59)}
     assert made(recipe, "pairs.jsonl") == []
+    assert json.loads((tmp_path / "run/summary.json").read_text())["pairs_undecided"] == len(judged)
 
 
 def test_an_endpoint_is_never_asked_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
