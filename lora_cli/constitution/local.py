@@ -5,7 +5,8 @@ Shapes: B conversations, T tokens of the longest, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy.typing as npt
 import torch
 
 from lora_cli.constitution.voice import Asked, Verdict, Voice
-from lora_cli.errors import InputError
+from lora_cli.errors import InputError, ResourceError
 from lora_cli.models.adapted import AdaptedModel
+from lora_cli.models.memory import attempt, forget
 from lora_cli.models.sampling import Draw, sample
 from lora_cli.types import IGNORED, Batch, Message
 
@@ -53,7 +55,7 @@ class LocalVoice:
         fitting = [prompt for prompt in prompts if prompt is not None]
         if not fitting:
             return [None] * len(asked)
-        with self.model.evaluating():
+        with _roomy(self.model), self.model.evaluating():
             found = self.model.generate(
                 fitting, max_new_tokens=self.answer_tokens, stop_ids=self.stop_ids, pad_id=self.pad_id
             )
@@ -66,7 +68,7 @@ class LocalVoice:
         fitting = [prompt for prompt in prompts if prompt is not None]
         if not fitting:
             return [None] * len(asked)
-        with self.model.evaluating():
+        with _roomy(self.model), self.model.evaluating():
             logits, _ = self.model.trained_logits(self._batch(fitting))  # (B, V)
             log_probabilities = logits.double().log_softmax(dim=-1)
         found = iter([self._verdict(row) for row in log_probabilities])
@@ -128,6 +130,23 @@ class Voices:
     model: LocalVoice
     critic: Voice | None
     judge: Voice | None
+
+
+@contextmanager
+def _roomy(model: AdaptedModel) -> Iterator[None]:
+    """Tell a want of memory by the keys that change it; a smaller batch of its own accord would change the rows' bits.
+
+    Raises:
+        ResourceError: there was too little within.
+    """
+    with attempt() as tried:
+        yield
+    if tried.failed:
+        forget(model.device)
+        raise ResourceError(
+            "constitution.batch_rows: out of memory: the prompts of a batch do not fit together (lower it, or"
+            " constitution.answer_tokens)"
+        )
 
 
 def letters(tokenizer: Any) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.constitution.local import LocalVoice, letters
 from lora_cli.constitution.voice import Asked
+from lora_cli.errors import ResourceError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.stages._conversation import Conversations
 from lora_cli.types import Message
@@ -84,3 +85,19 @@ def test_samples_are_a_function_of_their_seeds(voice: LocalVoice) -> None:
     assert together[0] is not None
     assert together[0][0] != together[0][1]
     assert voice.samples(ASKED[1:2], [[4, 3]], 1.0) == [[*reversed(together[1] or [])]]
+
+
+def test_a_want_of_memory_names_the_key_that_helps(
+    voice: LocalVoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends in one line and exit code 4, in place of another batch, whose rows could have other bits."""
+
+    def none_left(*arguments: object, **keys: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(voice.model, "generate", none_left)
+    monkeypatch.setattr(voice.model, "trained_logits", none_left)
+    for ask in (voice.answers, voice.compare):
+        with pytest.raises(ResourceError, match=r"constitution\.batch_rows: out of memory") as caught:
+            ask(ASKED)
+        assert caught.value.exit_code == 4
