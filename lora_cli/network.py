@@ -1,8 +1,10 @@
-"""Whether this process may open a connection: only while a hub id that the user gave is fetched.
+"""Whether this process may open a connection: only to fetch a hub id that the user gave, or to an endpoint they named.
 
 transformers, huggingface_hub and datasets ask the hub for files that a folder lacks, for code that a config names, for
 kernels that a layer would like, and to count their users. `closed` makes all of that fail at once instead; `reachable`
 lifts it for the one call that fetches a base or a data set by its id. An HF_HUB_OFFLINE of the user's stays in force.
+The endpoint of a critic or judge is asked by a client of its own (`constitution/endpoint.py`), which knows no other
+address.
 """
 
 from __future__ import annotations

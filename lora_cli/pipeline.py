@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli import interrupts
+from lora_cli import interrupts, objectives
 from lora_cli.adapters import Method, Start
 from lora_cli.data.chosen_tokens import require_used
 from lora_cli.models.adapted import AdaptedModel

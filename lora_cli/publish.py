@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -174,10 +174,20 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ResourceError: it cannot be written.
     """
+    write_lines(path, [text.encode()], needed=len(text.encode()))
+
+
+def write_lines(path: Path, lines: Iterable[bytes], *, needed: int | None = None) -> None:
+    """Write a file as `write_text` does, line by line as they come; `needed` is for the message where there is no room.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
     staging = _hidden("tmp", path)
-    with writing(path, needed=len(text.encode())):
+    with writing(path, needed=needed):
         try:
-            staging.write_text(text, encoding="utf-8")
+            with staging.open("wb") as file:
+                file.writelines(lines)
             sync(staging)
             os.replace(staging, path)
             sync(path.parent)

@@ -3,28 +3,39 @@
 prepare -> inject ----------> evaluate                  `evaluate`
            inject ----------------------> export        `merge`
 prepare -> describe                                     `describe_data`
+           constitution                                 `constitute`
            inject -> what was learned                   `inspect`
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from lora_cli import objectives
 from lora_cli.adapters import Method
+from lora_cli.constitution.journal import ENDPOINT_FILE
+from lora_cli.constitution.ledger import Ledger
+from lora_cli.constitution.principles import read_principles
 from lora_cli.data.chosen_tokens import require_used
+from lora_cli.data.prompts import contents, read_prompts
 from lora_cli.data.render import settle_special_tokens
 from lora_cli.data.templates import with_template
 from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, base_fingerprint, fastest_attention, load_model, tokenizer_folder
 from lora_cli.models.safety import check_model_folder
+from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import Constitution, Recipe
 from lora_cli.runtime.checkpoint import require_best
+from lora_cli.runtime.constitution_folder import ConstitutionFolder
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.fingerprints import versions
 from lora_cli.runtime.log import Log
@@ -32,7 +43,8 @@ from lora_cli.runtime.order import planned_steps
 from lora_cli.runtime.run_folder import RunFolder
 from lora_cli.runtime.session import started
 from lora_cli.stages import _opened as opened
-from lora_cli.stages import _space, describe, export, inject, prepare
+from lora_cli.stages import _space, _voices, describe, export, inject, prepare
+from lora_cli.stages import constitution as constitution_stage
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import inspect as inspect_stage
 from lora_cli.stages._companions import Companions, card_of, name_of_base
@@ -150,6 +162,47 @@ def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
         log.line(f"inspecting {adapter or folder} on {recipe.model.base}")
         found = inspect_stage.run(source, model, settings)
         return {"target": str(target), "base": recipe.model.base, "quantize": recipe.quantization(), **found}
+
+
+def constitute(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
+    """Make the rows of the recipe's constitution in `run.output`, those that are not there yet; return their counts."""
+    settings = recipe.constitution
+    assert settings is not None
+    folder = ConstitutionFolder(Path(recipe.run.output).expanduser())
+    with started(recipe.run) as (rt, log), folder.lock, ExitStack() as stack:
+        if rt.world_size > 1:
+            raise InputError("lora constitution make: is one process (start it without torchrun)")
+        principles = read_principles(Path(settings.file).expanduser())
+        prompts = read_prompts(settings, recipe.data)
+        base = opened.base(recipe, log.line)
+        recipe, start = opened.settle_start(recipe, base)
+        made_of = {
+            "constitution.file": principles.sha256, "constitution.prompts": contents(prompts),
+            "run.seed": recipe.run.seed, **_constitution_settings(settings),
+            **_voices.identities(recipe, settings, base, start),
+        }  # fmt: skip
+        folder.begin(dump_recipe(recipe), principles.text, made_of, overwrite=overwrite)
+        finished = folder.finished()
+        if finished is not None:
+            log.line(f"{folder.path}: finished already, nothing to do (--overwrite makes all rows anew)")
+            return finished
+        ledger = cache(lambda: stack.enter_context(Ledger(folder.path / ENDPOINT_FILE)))
+        voices = _voices.open_voices(recipe, settings, base, start, ledger, rt.device, log.line)
+        counts = constitution_stage.run(
+            settings, principles, prompts, voices, folder.path, seed=recipe.run.seed, log=log
+        )
+        summary = {"status": "done", **counts}
+        if "endpoint" in (settings.critic.kind, settings.judge.kind):
+            log.line(ledger().usage.line())
+            summary["endpoint"] = asdict(ledger().usage)
+        folder.write_summary(summary)
+        log.line(f"done: {folder.path}")
+        return summary
+
+
+def _constitution_settings(settings: Constitution) -> dict[str, Any]:
+    names = ("rounds", "samples", "temperature", "min_margin", "answer_tokens", "batch_rows")
+    return {f"constitution.{name}": getattr(settings, name) for name in names}
 
 
 def _held_out_sample(recipe: Recipe, tokenizer: Any, adapter: Path, rt: Runtime, log: Log) -> list[Example]:

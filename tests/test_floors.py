@@ -28,6 +28,7 @@ FLOORS = {
     "data": 2,
     "adapters": 2,
     "objectives": 2,
+    "constitution": 2,
     "runtime": 2,
     "models": 1,
     "recipe": 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lora_cli.cli import data, evaluate, inspect, merge, recipe, train
+from lora_cli.cli import constitution, data, evaluate, inspect, merge, recipe, train
 from lora_cli.cli.exits import new_app
 from lora_cli.cli.version import version_option
 
@@ -27,5 +27,6 @@ def app(name: str) -> typer.Typer:
     made.command("merge")(merge.merge)
     made.command("data")(data.data)
     made.command("inspect")(inspect.inspect)
+    made.add_typer(constitution.app(), name="constitution")
     made.add_typer(recipe.app(), name="recipe")
     return made

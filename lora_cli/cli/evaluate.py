@@ -52,7 +52,7 @@ def read_target(
     is_run = kind == "run"
     if is_run:
         run_folder.set(target)
-    unread = {"data", "adapter", "objective", "train", "evaluate", "export"} - set(blocks)
+    unread = {"data", "adapter", "objective", "train", "evaluate", "export", "constitution"} - set(blocks)
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key.partition(".")[0] in unread:

@@ -21,6 +21,9 @@ from lora_cli.recipe.adapter_blocks import DoraAdapter as DoraAdapter
 from lora_cli.recipe.adapter_blocks import FullAdapter as FullAdapter
 from lora_cli.recipe.adapter_blocks import ReloraAdapter as ReloraAdapter
 from lora_cli.recipe.adapter_blocks import VeraAdapter as VeraAdapter
+from lora_cli.recipe.constitution_block import Constitution as Constitution
+from lora_cli.recipe.constitution_block import Critic as Critic
+from lora_cli.recipe.constitution_block import Judge as Judge
 from lora_cli.recipe.data_block import Data as Data
 from lora_cli.recipe.data_block import DataSource as DataSource
 from lora_cli.recipe.data_block import Fields as Fields
@@ -184,6 +187,7 @@ class Recipe(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+    constitution: Constitution | None = None
     run: Run = Run()
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)

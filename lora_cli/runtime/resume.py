@@ -60,7 +60,7 @@ FIXED = {
 }
 """Keys that decide which tensors a checkpoint has: it cannot be gone on with under others, so --allow is no way out."""
 
-_MAY_CHANGE_SECTIONS = ("evaluate", "export")
+_MAY_CHANGE_SECTIONS = ("evaluate", "export", "constitution")
 
 
 def find_finished(

@@ -30,10 +30,17 @@ def test_what_is_no_number_of_its_range_is_refused(
 ) -> None:
     """NaN, infinity, -1 and a text that looks like a number: exit 2, and one line with file, line, column and key."""
     monkeypatch.chdir(tmp_path)
-    section, _, name = key.path.partition(".")
-    block = {"adapter": f"method: {key.variant}, ", "objective": f"name: {key.variant}, "}.get(section, "")
+    section, *inner, name = key.path.split(".")
+    block = {
+        "adapter": f"method: {key.variant}, ",
+        "objective": f"name: {key.variant}, ",
+        "constitution": "file: c.yaml, ",
+    }.get(section, "")
+    if key.variant in ("grpo", "rloo", "ppo"):
+        block += "rewards: [{name: json_valid}], "
+    block += "".join(f"{one}: {{" for one in inner)
     for value in VALUES:
-        Path("r.yaml").write_text(f"{section}: {{{block}{name}: {value}}}\n")
+        Path("r.yaml").write_text(f"{section}: {{{block}{name}: {value}{'}' * len(inner)}}}\n")
         before = snapshot(tmp_path)
         result = run_here(capsys, "train", "r.yaml")
         assert result.code == 2
@@ -47,6 +54,6 @@ def test_what_is_no_number_of_its_range_is_refused(
 def test_there_are_numbers_of_every_block() -> None:
     """The list above has keys of each block that holds numbers."""
     assert {key.path.partition(".")[0] for key in NUMBERS} == {
-        "data", "adapter", "objective", "train", "evaluate", "export", "run"
+        "data", "adapter", "objective", "train", "evaluate", "export", "constitution", "run"
     }  # fmt: skip
     assert len(NUMBERS) > 40

@@ -1,0 +1,85 @@
+"""`lora constitution make RECIPE`, `lora constitution report RUN`: rows made by principles, and what they changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli.arguments import Overrides, read_recipe
+from lora_cli.cli.exits import new_app, run_folder
+from lora_cli.errors import InputError
+from lora_cli.paths import expanded
+
+
+def app() -> typer.Typer:
+    """Return the app of `lora constitution`."""
+    made = new_app()
+    made.callback(help="Constitutional AI: rows to train on, made by a model under written principles.")(
+        _group
+    )
+    made.command("make")(make)
+    made.command("report")(report)
+    return made
+
+
+def _group() -> None:
+    """Constitutional AI: rows to train on, made by a model under written principles."""
+
+
+def make(
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE", show_default=False, help="The recipe, with a constitution block."),
+    ],
+    overrides: Overrides = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make all rows anew that are in the folder.")
+    ] = False,
+) -> None:
+    """Write critiques, revisions and judged pairs, and the rows to train on; goes on where it was interrupted."""
+    settings, _ = read_recipe(recipe, overrides or ())
+    if settings.constitution is None:
+        raise InputError(f"{recipe}: has no constitution block (write constitution: {{file: ...}})")
+    run_folder.set(expanded(settings.at("run.output"), settings.run.output))
+    from lora_cli.stages import _constitution_checks  # needs the data readers
+
+    _constitution_checks.check(settings)
+    from lora_cli import without_training  # imports torch
+
+    without_training.constitute(settings, overwrite=overwrite)
+
+
+def report(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            show_default=False,
+            help="A folder of `lora constitution make`, or a training run with generated answers.",
+        ),
+    ],
+    constitution: Annotated[
+        Path | None,
+        typer.Option("--constitution", metavar="FILE", help="Count by the rules of this file instead."),
+    ] = None,
+    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Show N answers.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show answers before and after side by side, and count those that break a principle."""
+    if not run.is_dir():
+        raise InputError(f"{run}: no such folder (give a run)")
+    from lora_cli.constitution.report import report as read_report
+
+    said = read_report(run, constitution, show=show)
+    if as_json:
+        typer.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        return
+    from lora_cli.cli import constitution_table  # rich
+
+    with contextlib.suppress(BrokenPipeError):
+        constitution_table.show(said, sys.stdout)
