@@ -96,6 +96,10 @@ class ForkServer:
         assert code is not None
         return code
 
+    def signal(self, number: int) -> None:
+        """Send a signal to the command."""
+        os.kill(self._pid, number)
+
     def run(self, folder: Path, *arguments: str | Path, **how: Any) -> Ended:
         """Run a command line to its end; `how` as `start` has it."""
         self.start(folder, *arguments, **how)
