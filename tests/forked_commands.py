@@ -158,7 +158,7 @@ def warm() -> None:
     """Import what every command needs, and run nothing of it."""
     from transformers import LlamaForCausalLM, LlamaTokenizerFast  # noqa: F401
 
-    import lora_cli.pipeline
+    import lora_cli.chain
     import lora_cli.preflight  # noqa: F401
 
 

@@ -89,14 +89,12 @@ def test_what_a_chain_leaves_behind(tmp_path: Path, base: Path, capsys: pytest.C
             (
                 "after-rename:kill:step-2",  # in the first stage, where a checkpoint has just appeared
                 "half-file:kill:adapter",  # while what the second stage starts from is written
-                "after-rename:kill:adapter",  # it is there, and the stage is not known as finished
                 "folder-made:kill:step-1",  # the second stage has begun, and has no checkpoint
                 "after-rename:kill:step-2",  # in the second stage
-                "before-rename:kill:step-4",
             ),
         ),
-        # In the middle of a rollout, which serves two steps, and after it.
-        ((SFT, GRPO), ("after-rename:kill:step-4", "after-rename:kill:step-1", "after-rename:kill:step-2")),
+        # At the end of the first stage, and in the middle of a rollout, which serves two steps.
+        ((SFT, GRPO), ("after-rename:kill:step-4", "after-rename:kill:step-1")),
     ],
 )
 def test_a_killed_chain_ends_in_the_same_bytes(
@@ -220,7 +218,7 @@ def test_rows_of_principles_go_into_the_next_stage(tmp_path: Path, base: Path) -
         "prompts": str(tmp_path / "prompts.jsonl"), "samples": 0,
     }  # fmt: skip
     path = write_chain(
-        tmp_path, base, SFT, constitution,
+        tmp_path, base, {"name": "sft", "train": {"max_steps": 40}}, constitution,
         {"name": "sft", "stage": "revised", "data": {"train": "stage:ai/sft.jsonl"}, "train": {"max_steps": 1}},
         data__train=str(tmp_path / "train.jsonl"), data__eval=None, run__output=str(tmp_path / "run"),
     )  # fmt: skip
@@ -232,4 +230,4 @@ def test_rows_of_principles_go_into_the_next_stage(tmp_path: Path, base: Path) -
     trained = json.loads((tmp_path / "run" / "3-revised" / "summary.json").read_text())["fingerprints"]
     assert made["adapter.init_from"] is not None
     assert trained["adapter.init_from"] == made["adapter.init_from"]
-    assert (tmp_path / "run" / "2-ai" / "sft.jsonl").read_text().count("\n") <= 4
+    assert "says" in (tmp_path / "run" / "2-ai" / "sft.jsonl").read_text()  # as the first stage taught it

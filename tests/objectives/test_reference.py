@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from contracts.test_adapters import SETTINGS
 from small import make_model
 from toy import pairs, write_recipe, write_rows
 
-from lora_cli import adapters, chain, without_training
+from lora_cli import adapters, chain, pipeline, without_training
 from lora_cli.models.adapted import AdaptedModel, values_of
 from lora_cli.recipe.chain import Chain, load
 from lora_cli.recipe.load import load_recipe
@@ -47,13 +48,30 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "loss" in line]
 
 
+@pytest.fixture(scope="module")
+def dpo_run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Chain, Any]]:
+    """Return a function that gives a chain of sft and dpo under a method and in a type, run once, and its summary."""
+    known: dict[tuple[str, str], tuple[Chain, Any]] = {}
+
+    def run(method: str, dtype: str) -> tuple[Chain, Any]:
+        if (method, dtype) not in known:
+            folder = tmp_path_factory.mktemp(f"{method}-{dtype}")
+            saved = {"train__save_every": 1, "train__keep_checkpoints": 9}
+            stages = after_sft(folder, base, method, {"name": "dpo"}, model__dtype=dtype, **saved)
+            known[method, dtype] = stages, chain.train(stages)
+        return known[method, dtype]
+
+    return run
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", sorted(SETTINGS))
-def test_dpo_begins_at_ln_2_after_sft(tmp_path: Path, base: Path, method: str, dtype: str) -> None:
-    """Under every method the first loss after an sft stage is ln 2 and its margins are zero; then it falls."""
-    stages = after_sft(tmp_path, base, method, {"name": "dpo"}, model__dtype=dtype)
-    summary = chain.train(stages)
-    first, *_, last = lines_of(tmp_path / "run" / "2-dpo")
+def test_dpo_begins_at_ln_2_after_sft(
+    dpo_run: Callable[[str, str], tuple[Chain, Any]], method: str, dtype: str
+) -> None:
+    """Under every method the first loss after an sft stage is ln 2 and its margins are zero; then they grow."""
+    stages, summary = dpo_run(method, dtype)
+    first, *_, last = lines_of(stages.stages[1].folder)
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert first["reward_margin"] == 0.0
     assert last["reward_margin"] > 0.0
@@ -65,33 +83,35 @@ def test_dpo_begins_at_ln_2_after_sft(tmp_path: Path, base: Path, method: str, d
 
 
 @pytest.mark.parametrize("method", STARTS)
-def test_a_resumed_stage_compares_with_the_same(tmp_path: Path, base: Path, method: str) -> None:
-    """A stage that goes on from its second step ends in the bytes of one in one piece."""
-    stages = after_sft(
-        tmp_path, base, method, {"name": "dpo"}, train__save_every=1, train__keep_checkpoints=9
-    )
-    chain.train(stages)
-    run = tmp_path / "run" / "2-dpo"
+def test_a_resumed_stage_compares_with_the_same(
+    dpo_run: Callable[[str, str], tuple[Chain, Any]], method: str
+) -> None:
+    """A stage that goes on from its second step has the margins, and ends in the bytes, of one in one piece."""
+    stages, _ = dpo_run(method, "float32")
+    run = stages.stages[1].folder
     whole, metrics = (run / "adapter" / "adapter_model.safetensors").read_bytes(), lines_of(run)
     (run / "summary.json").unlink()
     shutil.rmtree(run / "checkpoints" / "step-3")
-    chain.train(stages)
+    pipeline.train(stages.stages[1].recipe)
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == whole
     assert [line["reward_margin"] for line in lines_of(run)] == [line["reward_margin"] for line in metrics]
 
 
 @pytest.mark.parametrize("method", STARTS)
-def test_scoring_a_run_alone_compares_with_the_same(tmp_path: Path, base: Path, method: str) -> None:
+def test_scoring_a_run_alone_compares_with_the_same(
+    dpo_run: Callable[[str, str], tuple[Chain, Any]], tmp_path: Path, method: str
+) -> None:
     """`lora-eval` of a stage gives the scores of the stage itself; without its start it is refused in one line."""
-    summary = chain.train(after_sft(tmp_path, base, method, {"name": "dpo"}))
-    run = tmp_path / "run" / "2-dpo"
+    stages, summary = dpo_run(method, "float32")
+    start, run = (stage.folder for stage in stages.stages)
     recipe = load_recipe(run / "recipe.yaml")
     found = without_training.evaluate(run, recipe)
     for column, scores in summary["stages"][1]["eval"].items():
         assert found[column] == pytest.approx(scores, rel=1e-4, abs=1e-5)
-    shutil.rmtree(tmp_path / "run" / "1-sft")
+    start.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="1-sft"):
         without_training.evaluate(run, recipe)
+    (tmp_path / "elsewhere").rename(start)
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "ppo"])

@@ -172,7 +172,7 @@ def test_overrides_reach_the_recipe_and_its_entries(tmp_path: Path) -> None:
         ),
         (
             "objective:\n  - {name: constitution, file: c.yaml, train: {epochs: 1}}\n",
-            "2:41: train: a constitution trains nothing (remove the block)",
+            "2:40: train: a constitution trains nothing (remove the block)",
         ),
         (
             "adapter: {add_tokens: [<x>]}\nobjective: [{name: sft}, {name: dpo}]\n",
