@@ -13,7 +13,8 @@ import yaml
 from command_line import run_here, snapshot
 from forked_commands import ERRORS, OUTPUT, ForkServer
 from run_results import differences, leftovers, result_of
-from toy import pairs, rows, write_recipe, write_rows
+from test_processes import in_two_processes, losses_of
+from toy import lora, pairs, rows, write_recipe, write_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 GRPO: dict[str, Any] = {
@@ -218,9 +219,10 @@ def test_rows_of_principles_go_into_the_next_stage(tmp_path: Path, base: Path) -
         "prompts": str(tmp_path / "prompts.jsonl"), "samples": 0,
     }  # fmt: skip
     path = write_chain(
-        tmp_path, base, {"name": "sft", "train": {"max_steps": 40}}, constitution,
+        tmp_path, base, {"name": "sft", "train": {"max_steps": 1}}, constitution,
         {"name": "sft", "stage": "revised", "data": {"train": "stage:ai/sft.jsonl"}, "train": {"max_steps": 1}},
         data__train=str(tmp_path / "train.jsonl"), data__eval=None, run__output=str(tmp_path / "run"),
+        model__base="tiny",
     )  # fmt: skip
     found = load(path)
     assert isinstance(found, Chain)
@@ -230,4 +232,26 @@ def test_rows_of_principles_go_into_the_next_stage(tmp_path: Path, base: Path) -
     trained = json.loads((tmp_path / "run" / "3-revised" / "summary.json").read_text())["fingerprints"]
     assert made["adapter.init_from"] is not None
     assert trained["adapter.init_from"] == made["adapter.init_from"]
-    assert "says" in (tmp_path / "run" / "2-ai" / "sft.jsonl").read_text()  # as the first stage taught it
+
+
+def test_two_processes_run_a_chain_as_one(tmp_path: Path, base: Path) -> None:
+    """Under torchrun each stage of two processes has the losses of one process, and one of them speaks and writes."""
+    alone, two = (
+        write_chain(tmp_path / name, base, **_absolute(tmp_path / name)) for name in ("alone", "two")
+    )
+    assert lora("train", alone).returncode == 0
+    ended = in_two_processes(two)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("stage 2 of 2") == 1
+    for stage in ("1-sft", "2-dpo"):
+        first, second = (losses_of(path.parent / "run" / stage) for path in (alone, two))
+        assert second == pytest.approx(first, rel=1e-5)
+    assert leftovers(tmp_path / "two" / "run") == []
+
+
+def _absolute(folder: Path) -> dict[str, Any]:
+    """Return what of a chain is named from here, without dropout, whose draws depend on the batches."""
+    files = {"data__train": "train.jsonl", "data__eval": "eval.jsonl", "run__output": "run"}
+    objective = [SFT, DPO | {"data": {key: str(folder / name) for key, name in DPO["data"].items()}}]
+    named = {key: str(folder / name) for key, name in files.items()}
+    return named | {"adapter": {"method": "lora", "rank": 4}, "objective": objective}
