@@ -103,7 +103,8 @@ def train(
             scores = evaluate_stage.run(
                 recipe.evaluate, model, job.objective, job.prepared, rt=rt, log=log, folder=folder.path
             )
-        trainable = sum(parameter.numel() for parameter in method.trainable(model.model).values())
+        trained_weights = {**method.trainable(model.model), **job.objective.trainable(model)}
+        trainable = sum(parameter.numel() for parameter in trained_weights.values())
         summary = report.summarize(recipe, trainable, job.facts, job.prepared, trained, scores)
         with timed(seconds, "export"):
             card = report.model_card(summary, recipe)
@@ -121,8 +122,10 @@ def _open(recipe: Recipe, folder: RunFolder, rt: Runtime, log: Log) -> _Job:
     recipe, start = opened.settle_start(recipe, base)
     tokenizer = opened.tokenizer_for(recipe, base)
     prepared = _prepare(recipe, tokenizer, rt, log)
-    objective = opened.objective(recipe, prepared, rt)
-    facts = fingerprints(prepared, base, start.fingerprint() if start else None)
+    objective = opened.objective(recipe, prepared, rt, log.line)
+    if start:
+        opened.begin_from(start, objective)
+    facts = fingerprints(prepared, base, start.fingerprint() if start else None) | objective.contents()
     return _Job(recipe, folder, base, start, tokenizer, prepared, objective, facts)
 
 
@@ -140,7 +143,8 @@ def _inject(
         batch_size=recipe.train.batch_size, seed=recipe.run.seed,
         resumed=lambda: None if step is None else checkpoints.method_state(step), rt=rt, log=log.line,
     )  # fmt: skip
-    export.require_expressible(recipe.export_formats(), model, method)
+    scores = job.objective.has_score_head
+    export.require_expressible(recipe.export_formats(), model, method, scores=scores)
     return model, method
 
 
@@ -184,7 +188,8 @@ def _export(
     )  # fmt: skip
     return export.run(
         targets, model, method, beside,
-        settings=recipe.export, sample=prepared.sample(), merge_with=merge_with, log=log.line,
+        settings=recipe.export, sample=prepared.sample(), merge_with=merge_with,
+        score=job.objective.score_head(), log=log.line,
     )  # fmt: skip
 
 

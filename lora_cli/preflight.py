@@ -20,7 +20,7 @@ from lora_cli.recipe.data_block import CHOICES, is_template_file
 from lora_cli.recipe.keys import keys_at
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import nearest_key
-from lora_cli.runtime import output_folder
+from lora_cli.runtime import output_folder, reward_folder
 from lora_cli.runtime.run_folder import RunFolder
 
 _A = {"adapter": "an adapter", "model": "a model"}
@@ -42,6 +42,7 @@ def check(
         lambda: _check_allowed(allow),
         lambda: _check_start(recipe, resume=resume),
         lambda: _check_template(recipe),
+        lambda: reward_folder.check(recipe),
         lambda: output_folder.check(recipe, resume=resume, overwrite=overwrite),
     )
 

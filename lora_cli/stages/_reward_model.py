@@ -48,11 +48,6 @@ def require_written(folder: Path, form: str, score: ScoreHead) -> None:
         )
 
 
-def compared(score: ScoreHead | None) -> str:
-    """Return what is compared of what was written and read back."""
-    return "logits" if score is None else "scores"
-
-
 def note(score: ScoreHead, *, adapter: bool) -> str:
     """Return how a user of the exported folder gets its scores, a paragraph of the model card."""
     way = f"`{_LOAD}(FOLDER)`"
@@ -60,6 +55,6 @@ def note(score: ScoreHead, *, adapter: bool) -> str:
         base = f"`{_LOAD}(BASE, num_labels=1, pad_token_id={score.pad_id})`"
         way = f"{base}, then `PeftModel.from_pretrained(model, FOLDER)`"
     return (
-        f"It is a reward model: {way}. The score of a text is that of its last token other than token {score.pad_id}, so"
-        " let the text end with the terminator of the answer."
+        f"It is a reward model: {way}. The score of a text is that of its last token other than token {score.pad_id},"
+        " so let the text end with the terminator of the answer."
     )

@@ -100,9 +100,8 @@ def run(
                 log(f"export: {note}")
             beside.write(staging, notes)
         differences[form] = difference
-        log(
-            f"export: {target} ({form}; read back, {_reward_model.compared(score)} differ by at most {difference:.1e})"
-        )
+        what = "logits" if score is None else "scores"
+        log(f"export: {target} ({form}; read back, {what} differ by at most {difference:.1e})")
     return differences
 
 
@@ -152,10 +151,10 @@ def _export_merged(
 
 
 def _check(form: str, difference: float, dtype: torch.dtype, score: ScoreHead | None) -> None:
-    limit = LIMITS[dtype]
+    limit, what = LIMITS[dtype], "logits" if score is None else "scores"
     if not difference <= limit:
         raise LoraError(
-            f"export.{form}: read back, its {_reward_model.compared(score)} differ from what was written by {difference:.2e}"
+            f"export.{form}: read back, its {what} differ from what was written by {difference:.2e}"
             f" (the limit is {limit:g} in {str(dtype).removeprefix('torch.')}; nothing was published)"
         )
 
@@ -235,10 +234,8 @@ def _write_merged(
         folder, dtype=model.dtype, device=model.device, attention=attention, headless=score is not None
     )
     if model.layers:
-        rounding = float((merged - live).abs().max())
-        log(
-            f"merge: rounding the update into {model.dtype} moves a {_reward_model.compared(score)[:-1]} by at most {rounding:.1e}"
-        )
+        what, rounding = "logit" if score is None else "score", float((merged - live).abs().max())
+        log(f"merge: rounding the update into {model.dtype} moves a {what} by at most {rounding:.1e}")
     return float((sample_logits(reread, score) - merged).abs().max())
 
 
