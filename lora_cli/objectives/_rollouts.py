@@ -242,7 +242,7 @@ class RolloutObjective(Objective):
         answers = [
             _rewards.Answer(
                 *map(self._text, (one.answer(), prompt, answer)), len(one.ids), [*prompt, *one.ids]
-            )  # fmt: skip
+            )
             for one, (_, prompt, answer, _) in zip(found, chosen, strict=True)
         ]
         columns = [term.judge(answers) for term in self._rewards]
