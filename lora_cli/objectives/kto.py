@@ -264,7 +264,7 @@ def kto_losses(
 ) -> Tensor:
     """Return the loss of each answer from its gain r in log-probability, (A,), and whether it is wanted, (A,) bool."""
     lead = torch.where(wanted, gains - divergence, divergence - gains)
-    weights = torch.where(wanted, desirable_weight, undesirable_weight).to(gains.dtype)
+    weights = torch.where(wanted, gains.new_tensor(desirable_weight), gains.new_tensor(undesirable_weight))
     return weights * torch.sigmoid(-beta * lead)
 
 
