@@ -103,9 +103,9 @@ def train(
             scores = evaluate_stage.run(
                 recipe.evaluate, model, job.objective, job.prepared, rt=rt, log=log, folder=folder.path
             )
-        trained_weights = {**method.trainable(model.model), **job.objective.trainable(model)}
-        trainable = sum(parameter.numel() for parameter in trained_weights.values())
-        summary = report.summarize(recipe, trainable, job.facts, job.prepared, trained, scores)
+        summary = report.summarize(
+            recipe, _trainable(job, model, method), job.facts, job.prepared, trained, scores
+        )
         with timed(seconds, "export"):
             card = report.model_card(summary, recipe)
             differences = _export(job, model, method, made_of, card, rt, log)
@@ -146,6 +146,12 @@ def _inject(
     scores = job.objective.has_score_head
     export.require_expressible(recipe.export_formats(), model, method, scores=scores)
     return model, method
+
+
+def _trainable(job: _Job, model: AdaptedModel, method: Method) -> int:
+    """Return how many parameters are trained."""
+    weights = {**method.trainable(model.model), **job.objective.trainable(model)}
+    return sum(parameter.numel() for parameter in weights.values())
 
 
 def _begin(

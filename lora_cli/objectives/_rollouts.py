@@ -241,10 +241,10 @@ class RolloutObjective(Objective):
             )
         answers = [
             _rewards.Answer(
-                *map(self._text, (one.answer(), prompt, answer)), len(one.ids), [*prompt, *one.ids]
+                self._text(one.answer()), self._text(prompt), self._text(answer), len(one.ids), [*prompt, *one.ids]
             )
             for one, (_, prompt, answer, _) in zip(found, chosen, strict=True)
-        ]
+        ]  # fmt: skip
         columns = [term.judge(answers) for term in self._rewards]
         return Rollout(
             index=-1,

@@ -159,7 +159,7 @@ class Kto(Objective):
     def _batches(self, model: AdaptedModel, rows: Items, tokens: int, divergence: float) -> list[Batch]:
         wanted = {index: row.wanted for index, row in rows if isinstance(row, LabelledExample)}
         assert len(wanted) == len({index for index, _ in rows})
-        plain = self._plain([(index, *row.answers()) for index, row in rows], model, tokens)
+        plain = self._plain([(index, row.answers()[0]) for index, row in rows], model, tokens)
         return [
             extended(
                 batch,

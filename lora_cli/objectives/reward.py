@@ -81,7 +81,7 @@ class Reward(Objective):
                     )
                 with torch.no_grad():
                     self.head.weight.copy_(self._start)
-        return {"score.weight": self.head.weight}
+        return {f"score.{name}": parameter for name, parameter in self.head.named_parameters()}
 
     def take_score_head(self, weight: Tensor) -> None:
         """Begin with this head, or score by it."""

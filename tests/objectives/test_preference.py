@@ -187,8 +187,9 @@ def test_every_method_learns_a_preference(
     train, held = (write_rows(tmp_path / f"{split}.jsonl", pairs(n)) for split, n in (("p", 40), ("h", 16)))
     settings = SETTINGS[method].model_dump(exclude_none=True)
     rate = {"full": 1e-3, "vera": 5e-2}.get(method, 1e-2)
+    block = {"name": name, "beta": 0.5} if name == "kto" else {"name": name}
     path = write_recipe(
-        tmp_path, base, objective={"name": name}, data__train=str(train), data__eval=str(held),
+        tmp_path, base, objective=block, data__train=str(train), data__eval=str(held),
         adapter=settings, train__learning_rate=rate, train__max_steps=12, train__batch_size=16 if name == "kto" else 8,
     )  # fmt: skip
     recipe = load_recipe(path)
