@@ -103,9 +103,8 @@ def train(
             scores = evaluate_stage.run(
                 recipe.evaluate, model, job.objective, job.prepared, rt=rt, log=log, folder=folder.path
             )
-        summary = report.summarize(
-            recipe, _trainable(job, model, method), job.facts, job.prepared, trained, scores
-        )
+        trainable = _trainable(job, model, method)
+        summary = report.summarize(recipe, trainable, job.facts, job.prepared, trained, scores)
         with timed(seconds, "export"):
             card = report.model_card(summary, recipe)
             differences = _export(job, model, method, made_of, card, rt, log)

@@ -35,8 +35,8 @@ def require_expressible(forms: Collection[str], model: AdaptedModel, method: Met
             )
 
 
-def require_written(folder: Path, form: str, score: ScoreHead) -> None:
-    """Compare the head in an exported folder with the one that was to be written.
+def verify(folder: Path, form: str, score: ScoreHead) -> str:
+    """Compare the head in an exported folder with the one that was to be written, and return a note on its use.
 
     Raises:
         LoraError: they differ.
@@ -46,12 +46,8 @@ def require_written(folder: Path, form: str, score: ScoreHead) -> None:
         raise LoraError(
             f"export.{form}: read back, its score head is not what was written (nothing was published)"
         )
-
-
-def note(score: ScoreHead, *, adapter: bool) -> str:
-    """Return how a user of the exported folder gets its scores, a paragraph of the model card."""
     way = f"`{_LOAD}(FOLDER)`"
-    if adapter:
+    if form == "peft":
         base = f"`{_LOAD}(BASE, num_labels=1, pad_token_id={score.pad_id})`"
         way = f"{base}, then `PeftModel.from_pretrained(model, FOLDER)`"
     return (

@@ -80,11 +80,7 @@ def run(
                 differences |= measured
             else:
                 written, errors = _as_adapter(form, method, settings, merge_with)
-                _peft.write(
-                    staging, written, base_name=beside.base_name, revision=beside.revision,
-                    score=None if score is None else score.weight,
-                )  # fmt: skip
-                difference, from_live = _reload_adapter(staging, model, written, score)
+                difference, from_live = _export_adapter(staging, model, written, beside, score)
                 notes = [method.note()] if method.note() else []
                 notes += [_new_tokens(model)] if beside.tokenizer is not None else []
                 if errors:
@@ -94,8 +90,7 @@ def run(
                     differences["portable_update"] = _lossy.figures(rank, errors, from_live)
             _check(form, difference, model.dtype, score)
             if score is not None:
-                _reward_model.require_written(staging, form, score)
-                notes.append(_reward_model.note(score, adapter=form == "peft"))
+                notes.append(_reward_model.verify(staging, form, score))
             for note in notes:
                 log(f"export: {note}")
             beside.write(staging, notes)
@@ -188,13 +183,15 @@ def sample_logits(model: PreTrainedModel, score: ScoreHead | None = None) -> Ten
     return logits
 
 
-def _reload_adapter(
-    folder: Path, model: AdaptedModel, written: Method, score: ScoreHead | None
+def _export_adapter(
+    folder: Path, model: AdaptedModel, written: Method, beside: Companions, score: ScoreHead | None
 ) -> tuple[float, float]:
-    """Read the adapter as a user would, around the same frozen base.
+    """Write the adapter, and read it as a user would, around the same frozen base.
 
     Returns the largest logit differences to what was meant to be written, and to the live model.
     """
+    head = None if score is None else score.weight
+    _peft.write(folder, written, base_name=beside.base_name, revision=beside.revision, score=head)
     live = sample_logits(model.model, score)
     with _unwrapped(model):
         for path, layer in written.placed().items():
