@@ -51,9 +51,7 @@ def run(
 ) -> dict[str, Any]:
     """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
-    With a head `score` it is a reward model that is written, for transformers a sequence classifier, and its scores
-    that are compared.
-
+    With a head `score` it is a sequence classifier that is written, whose scores are compared in the place of logits.
     A method that a format cannot hold is written as one that it can, and how far that is from it is logged and said in
     the model card, as is a note of the method's own. `beside` is what each folder gets besides. On the rows of `sample`
     it is measured what a quantized base is best merged into. Those figures are returned as `merge_base`, those of a
@@ -68,15 +66,16 @@ def run(
         LoraError: what was read back differs from what was meant by more than LIMITS; nothing is published.
     """
     differences: dict[str, Any] = {}
-    base = beside.base
     require_expressible(targets, model, method, scores=score is not None)
     for form, target in sorted(targets.items(), key=lambda item: item[0] == "portable"):
         notes: list[str] = []
-        needed = _space.export_bytes([form], settings, base, model, method)
+        needed = _space.export_bytes([form], settings, beside.base, model, method)
         with published(target, facts=dict(beside.facts), needed=needed) as staging:
             if form == "merged":
-                remote_code.settle(staging, runs_code=remote_code.may_run(base))
-                difference, measured = _export_merged(staging, model, base, settings, sample, score, log)
+                remote_code.settle(staging, runs_code=remote_code.may_run(beside.base))
+                difference, measured = _export_merged(
+                    staging, model, beside.base, settings, sample, score, log
+                )
                 differences |= measured
             else:
                 written, errors = _as_adapter(form, method, settings, merge_with)
@@ -95,8 +94,7 @@ def run(
                 log(f"export: {note}")
             beside.write(staging, notes)
         differences[form] = difference
-        what = "logits" if score is None else "scores"
-        log(f"export: {target} ({form}; read back, {what} differ by at most {difference:.1e})")
+        log(f"export: {target} ({form}; read back, {_compared(score)} differ by at most {difference:.1e})")
     return differences
 
 
@@ -146,12 +144,16 @@ def _export_merged(
 
 
 def _check(form: str, difference: float, dtype: torch.dtype, score: ScoreHead | None) -> None:
-    limit, what = LIMITS[dtype], "logits" if score is None else "scores"
+    limit = LIMITS[dtype]
     if not difference <= limit:
         raise LoraError(
-            f"export.{form}: read back, its {what} differ from what was written by {difference:.2e}"
+            f"export.{form}: read back, its {_compared(score)} differ from what was written by {difference:.2e}"
             f" (the limit is {limit:g} in {str(dtype).removeprefix('torch.')}; nothing was published)"
         )
+
+
+def _compared(score: ScoreHead | None) -> str:
+    return "logits" if score is None else "scores"
 
 
 def _new_tokens(model: AdaptedModel) -> str:
