@@ -20,7 +20,7 @@ from lora_cli.recipe.data_block import CHOICES, is_template_file
 from lora_cli.recipe.keys import keys_at
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import nearest_key
-from lora_cli.runtime import output_folder
+from lora_cli.runtime import output_folder, reward_folder
 from lora_cli.runtime.run_folder import RunFolder
 
 _A = {"adapter": "an adapter", "model": "a model"}
@@ -48,6 +48,7 @@ def check(
         lambda: _check_allowed(allow),
         lambda: _check_start(recipe, resume=resume) if "adapter.init_from" not in later else None,
         lambda: _check_template(recipe) if rows_are_there else None,
+        lambda: reward_folder.check(recipe) if "objective.rewards" not in later else None,
         lambda: output_folder.check(recipe, resume=resume, overwrite=overwrite),
     )
 

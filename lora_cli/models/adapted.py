@@ -104,6 +104,11 @@ class AdaptedModel:
         )
         return nn.functional.cross_entropy(logits.float(), targets[rows, places], reduction="none"), chosen
 
+    def states_at(self, batch: Batch, places: Tensor) -> Tensor:
+        """Return the decoder's last hidden states at places of the batch flattened, (A,) -> (A, H), with gradients."""
+        hidden = self.model.base_model(**self._arguments(batch), use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, places)
+
     def trained_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) that predict each trained token, and those tokens (N,)."""
         targets = batch.labels[:, 1:]
@@ -156,6 +161,11 @@ class AdaptedModel:
         finally:
             self.model.generation_config = own
         return [_until(row, stop_ids) for row in output[:, longest:].tolist()]
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the model is its own base at the moment."""
+        return self._is_reference
 
     @contextmanager
     def reference(self) -> Iterator[None]:

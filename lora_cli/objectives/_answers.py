@@ -5,7 +5,8 @@ An answer is what is trained of a row. A preference objective compares the two o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives._base import Items, group_by_length, pad_rows
 from lora_cli.objectives._packing import bins, pack_rows
 from lora_cli.types import IGNORED, Batch, Example, PairExample
+
+Extended = TypeVar("Extended", bound=Batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,11 @@ class Answers:
     def pairs(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return values of the chosen and of the rejected answers: (2 P,) -> (P,), (P,)."""
         return values[0::2], values[1::2]
+
+
+def extended(batch: Batch, kind: type[Extended], **more: Any) -> Extended:
+    """Return a batch as one of a kind that says more of its answers."""
+    return kind(**{one.name: getattr(batch, one.name) for one in fields(batch)}, **more)
 
 
 def answers_of(model: AdaptedModel, batch: Batch) -> Answers:

@@ -13,7 +13,7 @@ import torch
 from lora_cli.models.memory import peak_memory
 from lora_cli.recipe.data_block import CHOICES
 from lora_cli.recipe.dump import dump_recipe
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import Recipe, RolloutObjective, Section
 from lora_cli.redaction import redacted
 from lora_cli.runtime.fingerprints import versions
 from lora_cli.types import Evaluated, Prepared, Trained
@@ -66,11 +66,12 @@ def model_card(summary: dict[str, Any], recipe: Recipe) -> str:
     """Return the card of an adapter or merged model from the run's summary so far; it names no folder of a machine."""
     base = _public(recipe.model.base)
     library = "transformers" if summary["method"] == "full" else "peft"
+    task = "text-classification" if recipe.objective.name == "reward" else "text-generation"
     lines = [
         "---",
         f"base_model: {json.dumps(base)}",
         f"library_name: {library}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {task}",
         "tags: [lora-cli]",
         "---",
         "",
@@ -114,9 +115,19 @@ def _public_recipe(recipe: Recipe) -> str:
     start = recipe.init_from()
     adapter = recipe.adapter.model_copy(update={"init_from": _public(start)} if start else {})
     run = recipe.run.model_copy(update={"output": Path(recipe.run.output).name})
-    return dump_recipe(
-        recipe.model_copy(update={"data": data, "model": model, "adapter": adapter, "run": run})
-    )
+    blocks: dict[str, Section] = {"data": data, "model": model, "adapter": adapter, "run": run}
+    if isinstance(recipe.objective, RolloutObjective):
+        blocks["objective"] = _public_rewards(recipe.objective)
+    return dump_recipe(recipe.model_copy(update=blocks))
+
+
+def _public_rewards(objective: RolloutObjective) -> RolloutObjective:
+    rewards = []
+    for reward in objective.rewards:
+        named = {key: value for key in ("file", "run") if (value := getattr(reward, key)) is not None}
+        cut = {key: _public(value) for key, value in named.items()}
+        rewards.append(reward.model_copy(update=cut))
+    return objective.model_copy(update={"rewards": rewards})
 
 
 def _public_names(names: str | list[str] | None) -> str | list[str] | None:

@@ -34,6 +34,15 @@ BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 REMEDY = "lower data.max_length or evaluate.max_new_tokens, or set model.quantize: nf4"
 """What makes a pass of one row smaller."""
 GENERATIONS_FILE = "generations.jsonl"
+_PARTS = (
+    "exact_match",
+    "token_accuracy",
+    "preference_accuracy",
+    "label_accuracy",
+    "calibration_error",
+    "ended",
+)
+"""Scores that are shown in percent."""
 
 
 def run(
@@ -237,6 +246,6 @@ def _table(base: Scores, tuned: Scores) -> Table:
     table.add_column("tuned" if base else "model", justify="right")
     for name in tuned:
         cells = [base[name], tuned[name]] if base else [tuned[name]]
-        percent = name in ("exact_match", "token_accuracy", "preference_accuracy", "ended")
+        percent = name in _PARTS
         table.add_row(name, *(f"{value:.1%}" if percent else f"{value:,.4f}" for value in cells))
     return table
