@@ -49,9 +49,9 @@ class PreferenceObjective(Objective):
     def micro_batches(
         self, model: AdaptedModel, rows: Items, progress: Progress, *, tokens: int
     ) -> list[Batch]:
-        """Return the pairs as batches, packed where the model keeps rows apart."""
+        """Return the pairs as batches; where the model keeps rows apart they are packed, each prompt once."""
         del progress
-        return pair_batches(model, rows, tokens=tokens, pad_id=self.pad_id)
+        return pair_batches(model, rows, tokens=tokens, pad_id=self.pad_id, share=True)
 
     def units(self, batch: Batch) -> int:
         """Return the number of pairs."""

@@ -1,0 +1,74 @@
+"""Pairs of answers as both sides get them: tokens of the prompt, of the chosen and of the rejected answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lora_cli import objectives
+from lora_cli.models.load import base_folder
+from lora_cli.objectives._answers import common_prompt
+from lora_cli.recipe.schema import Recipe
+from lora_cli.runtime.dist import Runtime
+from lora_cli.stages import _opened as opened
+from lora_cli.stages import prepare
+from lora_cli.types import Examples, PairExample, Prepared
+from side_by_side.records import IGNORED, Document
+
+Ids = list[int]
+Pair = tuple[Ids, Ids, Ids]
+
+
+def prepared(recipe: Recipe, rt: Runtime) -> Prepared:
+    """Return a recipe's pairs as the pipeline prepares them."""
+    base = base_folder(recipe.model.base, recipe.model.revision)
+    tokenizer = opened.tokenizer_for(recipe, base)
+    kinds = objectives.consumes(recipe.objective)
+    return prepare.run(recipe.data, recipe.train_on(), tokenizer, rt, lambda line: None, consumes=kinds)
+
+
+def pairs_of(examples: Examples) -> Iterator[Pair]:
+    """Yield each pair of a data set whose answers differ only behind a prompt of which nothing is trained."""
+    for index in range(len(examples)):
+        pair = examples[index]
+        assert isinstance(pair, PairExample)
+        prompt = common_prompt(pair)
+        chosen, rejected = pair.answers()
+        # TRL trains on all that follows the prompt.
+        if all(bool(one.trained[prompt:].all()) and one.tokens > prompt for one in pair.answers()):
+            first, one, other = (
+                ids.tolist()
+                for ids in (
+                    chosen.input_ids[:prompt],
+                    chosen.input_ids[prompt:],
+                    rejected.input_ids[prompt:],
+                )
+            )
+            yield first, one, other
+
+
+def write_steps(path: Path, pairs: Sequence[Pair], steps: int, size: int) -> Path:
+    """Write the pairs of each step, `size` of them, in their order, from the first again after the last."""
+    rows = [pairs[index % len(pairs)] for index in range(steps * size)]
+    content = {"steps": [rows[first : first + size] for first in range(0, len(rows), size)]}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def read_steps(path: str) -> list[list[Pair]]:
+    """Return the pairs of every step of a file that `write_steps` wrote."""
+    steps = json.loads(Path(path).read_text(encoding="utf-8"))["steps"]
+    return [[(prompt, chosen, rejected) for prompt, chosen, rejected in step] for step in steps]
+
+
+def documents(pairs: Sequence[Pair]) -> list[Document]:
+    """Return both answers of each pair with the prompt before them."""
+    found = []
+    for prompt, *answers in pairs:
+        for answer in answers:
+            labels = [IGNORED] * len(prompt) + answer
+            found.append((np.asarray(prompt + answer), np.asarray(labels)))
+    return found
