@@ -55,7 +55,8 @@ padding_free is switched off in TRL 1.16."""
 def tokens(options: argparse.Namespace) -> list[str]:
     """Return how many tokens the rows have, and how many are computed."""
     with dist.start("cpu") as rt:
-        examples = pairs.prepared(_recipe(options, "data.eval_fraction=null"), rt).train
+        recipe = _recipe(options, "data.eval_fraction=null", "data.max_length=8192", *options.set)
+        examples = pairs.prepared(recipe, rt).train
     assert examples is not None
     every = [examples[index] for index in range(len(examples))]
     whole = sum(pair.tokens for pair in every)
@@ -94,7 +95,13 @@ def learn(options: argparse.Namespace, folder: Path) -> list[str]:
     """Return the held-out scores of three seeds."""
     lines = []
     for seed in options.seeds:
-        recipe = _recipe(options, f"run.seed={seed}", f"run.output={folder / f'seed-{seed}'}", *options.set)
+        recipe = _recipe(
+            options,
+            f"run.seed={seed}",
+            f"run.output={folder / f'seed-{seed}'}",
+            "data.eval_fraction=0.25",
+            *options.set,
+        )
         scores = pipeline.train(recipe, overwrite=True)["eval"]
         base, tuned = scores["base"], scores["tuned"]
         lines.append(
@@ -209,7 +216,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, default=rows, metavar="FILE", help="pairs of answers")
     parser.add_argument("--parity-steps", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides for learn")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="key=value", help="overrides for tokens and learn"
+    )
     parser.add_argument("--shape", default="smollm-135m", choices=shapes.SHAPES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--pairs", type=int, default=16, help="pairs of a step of speed")

@@ -213,9 +213,13 @@ def test_a_run_that_shares_learns_what_one_that_does_not_learns(
 def test_real_pairs_have_fewer_tokens(
     shared_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of 300 real pairs, answers of many hundred tokens among them, 1.3 times fewer tokens are computed, or fewer."""
+    """Of real pairs, whose answers are longer than their prompts, at least 1.35 times fewer tokens are computed."""
     monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path))
-    train = [f"data.train={shared_data / 'dpo_en_demo.json'}", "data.eval_fraction=null"]
+    train = [
+        f"data.train={shared_data / 'dpo_en_demo.json'}",
+        "data.eval_fraction=null",
+        "data.max_length=8192",
+    ]
     recipe = load_recipe(ROOT / "configs" / "dpo.yaml", train)
     with dist.start("cpu") as rt:
         examples = prepared(recipe, rt).train
@@ -223,5 +227,6 @@ def test_real_pairs_have_fewer_tokens(
     every = [examples[index] for index in range(len(examples))]
     both = [common_prompt(pair) for pair in every if isinstance(pair, PairExample)]
     whole = sum(pair.tokens for pair in every)
-    assert len(both) == 300
-    assert whole / (whole - sum(both)) > 1.3
+    assert len(both) == len(every) >= 299
+    assert min(both) > 0
+    assert whole / (whole - sum(both)) >= 1.35
