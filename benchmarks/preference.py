@@ -76,7 +76,7 @@ def parity(options: argparse.Namespace, folder: Path) -> list[str]:
     jobs = Jobs(options, folder, TINY, "float32", options.parity_steps, size=8)
     records = {}
     for name, side in (("ours", dpo_ours), ("trl", dpo_trl)):
-        job = jobs.job(name, {"rows": 4})
+        job = jobs.job(name, {"rows": 4, "checkpointing": False})
         recorder = Recorder(job)
         side.run(job, recorder)
         records[name] = recorder.record()
@@ -169,7 +169,9 @@ class Jobs:
         self.folder = folder / self.code
         self.folder.mkdir(parents=True, exist_ok=True)
         with dist.start("cpu") as rt:
-            examples = pairs.prepared(_recipe(options, "data.eval_fraction=null"), rt).train
+            cut = ("data.overlong=drop", f"data.max_length={options.max_length}")
+            recipe = _recipe(options, "data.eval_fraction=null", *cut)
+            examples = pairs.prepared(recipe, rt).train
         assert examples is not None
         found = list(pairs.pairs_of(examples))
         self.work = pairs.write_steps(self.folder / f"pairs-{steps}x{size}.json", found, steps, size)
@@ -178,7 +180,7 @@ class Jobs:
         self.start = work.starts(
             model, "lora", RANK, folder / f"{model.parent.name}-{model.name}.safetensors"
         )
-        recipe = {
+        content = {
             "model": {"base": str(model), "dtype": dtype},
             "data": {"max_length": max(len(ids) for step in self.documents for ids, _ in step)},
             "objective": {"name": "dpo"},
@@ -190,7 +192,7 @@ class Jobs:
             "run": {"device": "cpu"},
         }  # fmt: skip
         self.recipe = self.folder / f"{model.name}-{steps}x{size}.yaml"
-        self.recipe.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        self.recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
 
     def job(self, name: str, extra: dict[str, Any]) -> Job:
         """Return what a side is asked to do."""
@@ -215,6 +217,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     rows = ROOT.parent / "shared" / "data" / "dpo_en_demo.json"
     parser.add_argument("--rows", type=Path, default=rows, metavar="FILE", help="pairs of answers")
     parser.add_argument("--parity-steps", type=int, default=30)
+    parser.add_argument(
+        "--max-length", type=int, default=1024, help="longer pairs are left out of parity and speed"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="key=value", help="overrides for tokens and learn"

@@ -23,7 +23,7 @@ from lora_cli.types import Batch, Pair, Progress, Scores
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Of each pair, (P,): its loss, and the rewards of both answers, without a gradient."""
+    """Of each pair, (P,) float64: its loss, and the rewards of both answers, without a gradient."""
 
     losses: Tensor
     chosen: Tensor
@@ -76,7 +76,7 @@ class PreferenceObjective(Objective):
                 "logp_chosen": chosen.sum(),
                 "logp_rejected": rejected.sum(),
             }
-        return judged.losses.sum(), metrics
+        return judged.losses.sum().float(), metrics
 
     def scores(self, means: Mapping[str, float]) -> Scores:
         """Return loss, the part of the pairs that are the right way round, and mean rewards and log-probabilities."""
