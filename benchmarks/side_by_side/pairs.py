@@ -31,23 +31,20 @@ def prepared(recipe: Recipe, rt: Runtime) -> Prepared:
 
 
 def pairs_of(examples: Examples) -> Iterator[Pair]:
-    """Yield each pair of a data set whose answers differ only behind a prompt of which nothing is trained."""
+    """Yield each pair of a data set whose answers are all that is trained of it, and all that follows its prompt.
+
+    What a template writes behind an answer's terminator is left out: nothing is predicted from it.
+    """
     for index in range(len(examples)):
         pair = examples[index]
         assert isinstance(pair, PairExample)
-        prompt = common_prompt(pair)
-        chosen, rejected = pair.answers()
-        # TRL trains on all that follows the prompt.
-        if all(bool(one.trained[prompt:].all()) and one.tokens > prompt for one in pair.answers()):
-            first, one, other = (
-                ids.tolist()
-                for ids in (
-                    chosen.input_ids[:prompt],
-                    chosen.input_ids[prompt:],
-                    rejected.input_ids[prompt:],
-                )
-            )
-            yield first, one, other
+        prompt, answers = common_prompt(pair), []
+        for one in pair.answers():
+            end = int(np.flatnonzero(one.trained).max(initial=-1)) + 1
+            if end > prompt and one.trained[prompt:end].all():  # TRL trains on all that follows the prompt
+                answers.append(one.input_ids[prompt:end].tolist())
+        if len(answers) == 2:
+            yield pair.chosen.input_ids[:prompt].tolist(), answers[0], answers[1]
 
 
 def write_steps(path: Path, pairs: Sequence[Pair], steps: int, size: int) -> Path:
