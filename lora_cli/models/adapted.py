@@ -170,7 +170,7 @@ class AdaptedModel:
     @property
     def is_reference(self) -> bool:
         """Whether the model is its own base at the moment."""
-        return self._is_reference
+        return self._state == "base"
 
     @contextmanager
     def reference(self) -> Iterator[None]:
