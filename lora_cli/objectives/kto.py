@@ -142,7 +142,7 @@ class Kto(Objective):
                 "reward_unwanted": rewards[~wanted].sum(),
                 "kl": torch.full_like(gains, z0).sum(),
             }
-        return losses.sum(), metrics
+        return losses.sum().float(), metrics
 
     def scores(self, means: Mapping[str, float]) -> Scores:
         """Return loss, the part of the answers on their side of z0, mean rewards of both kinds, and z0."""
