@@ -242,10 +242,11 @@ def test_two_processes_train_as_one(tmp_path: Path, base: Path) -> None:
         str(write_rows(tmp_path / "p.jsonl", pairs(6))),
         str(write_rows(tmp_path / "l.jsonl", labelled(7))),
     ]
+    block = {"name": "kto", "desirable_weight": 3.0, "undesirable_weight": 0.1}
     sources = {"pairs": {"path": data[0]}, "labels": {"path": data[1]}}
     recipes = [
         write_recipe(
-            tmp_path / name, base, objective={"name": "kto"}, data={"sources": sources},
+            tmp_path / name, base, objective=block, data={"sources": sources},
             train__max_steps=4, train__batch_size=7, train__learning_rate=5e-2,
         )
         for name in ("alone", "two")
