@@ -30,7 +30,7 @@ from lora_cli.runtime.resume import find_finished, find_step
 from lora_cli.runtime.run_folder import CHECKPOINTS, EXPORTS, RunFolder
 from lora_cli.runtime.session import started, timed
 from lora_cli.stages import _opened as opened
-from lora_cli.stages import _space, export, inject, prepare
+from lora_cli.stages import _space, _win_rate, export, inject, prepare
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import train as train_stage
 from lora_cli.stages._companions import Companions, name_of_base
@@ -83,6 +83,7 @@ def train(
             check_gates(gates, finished["eval"]["tuned"])
             return finished
 
+        referee = _win_rate.referee_of(recipe, job.prepared, folder.path, rt, log)
         total, step = _total_steps(recipe, job), None
         checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
         if goes_on:
@@ -101,8 +102,9 @@ def train(
             log.line(f"warning: {name}: was changed while the run trained on what it held before")
         with timed(seconds, "evaluate"):
             scores = evaluate_stage.run(
-                recipe.evaluate, model, job.objective, job.prepared, rt=rt, log=log, folder=folder.path
-            )
+                recipe.evaluate, model, job.objective, job.prepared,
+                rt=rt, log=log, folder=folder.path, referee=referee,
+            )  # fmt: skip
         trainable = sum(parameter.numel() for parameter in method.trainable(model.model).values())
         summary = report.summarize(recipe, trainable, job.facts, job.prepared, trained, scores)
         with timed(seconds, "export"):

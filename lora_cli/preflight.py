@@ -22,6 +22,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import nearest_key
 from lora_cli.runtime import output_folder
 from lora_cli.runtime.run_folder import RunFolder
+from lora_cli.stages._win_rate_checks import check_win_rate
 
 _A = {"adapter": "an adapter", "model": "a model"}
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -42,6 +43,7 @@ def check(
         lambda: _check_allowed(allow),
         lambda: _check_start(recipe, resume=resume),
         lambda: _check_template(recipe),
+        lambda: check_win_rate(recipe),
         lambda: output_folder.check(recipe, resume=resume, overwrite=overwrite),
     )
 
@@ -68,6 +70,7 @@ def check_evaluation(target: Path, recipe: Recipe) -> list[str]:
     return _run_all(
         lambda: _check_target(target, recipe),
         lambda: _check_template(recipe, target),
+        lambda: check_win_rate(recipe),
         lambda: _check_data(
             recipe, "train" if recipe.data.eval is None and recipe.data.holds_out() else "eval"
         ),

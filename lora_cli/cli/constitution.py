@@ -67,15 +67,24 @@ def report(
         Path | None,
         typer.Option("--constitution", metavar="FILE", help="Count by the rules of this file instead."),
     ] = None,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            "--before",
+            metavar="RUN",
+            help="Of two training runs: answers of this one's tuned model come first.",
+        ),
+    ] = None,
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Show N answers.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show answers before and after side by side, and count those that break a principle."""
-    if not run.is_dir():
-        raise InputError(f"{run}: no such folder (give a run)")
+    for folder in filter(None, (run, before)):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder (give a run)")
     from lora_cli.constitution.report import report as read_report
 
-    said = read_report(run, constitution, show=show)
+    said = read_report(run, constitution, show=show, before=before, said=_held_out(run))
     if as_json:
         typer.echo(json.dumps(said, indent=2, ensure_ascii=False))
         return
@@ -83,3 +92,18 @@ def report(
 
     with contextlib.suppress(BrokenPipeError):
         constitution_table.show(said, sys.stdout)
+
+
+def _held_out(run: Path) -> dict[str, tuple[str, ...]]:
+    """Return what the user says in the held-out rows of a training run; nothing where they cannot be read any more."""
+    from lora_cli.data.prompts import said_by_place
+    from lora_cli.recipe.load import load_recipe
+    from lora_cli.runtime.run_folder import RECIPE_FILE, RunFolder
+
+    if not RunFolder(run).is_run():
+        return {}
+    try:
+        return said_by_place(load_recipe(run / RECIPE_FILE).data)
+    except InputError as fault:
+        typer.echo(f"warning: prompts are searched as the model was shown them: {fault.lines[0]}", err=True)
+        return {}
