@@ -30,10 +30,11 @@ from lora_cli.runtime.resume import find_finished, find_step
 from lora_cli.runtime.run_folder import CHECKPOINTS, EXPORTS, RunFolder
 from lora_cli.runtime.session import started, timed
 from lora_cli.stages import _opened as opened
-from lora_cli.stages import _space, _win_rate, export, inject, prepare
+from lora_cli.stages import _space, export, inject, prepare
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import train as train_stage
 from lora_cli.stages._companions import Companions, name_of_base
+from lora_cli.stages._win_rate import Referee, referee_of
 from lora_cli.types import Prepared
 
 
@@ -50,6 +51,7 @@ class _Job:
     """The base's, with the recipe's new tokens; `prepared` has it with the template."""
     prepared: Prepared
     objective: Objective
+    referee: Referee | None
     facts: dict[str, str]
     """Fingerprints of what it is made of besides the recipe."""
 
@@ -82,8 +84,6 @@ def train(
             log.line(f"{folder.path}: finished already, nothing to do (--overwrite trains it again)")
             check_gates(gates, finished["eval"]["tuned"])
             return finished
-
-        referee = _win_rate.referee_of(recipe, job.prepared, folder.path, rt, log)
         total, step = _total_steps(recipe, job), None
         checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
         if goes_on:
@@ -103,7 +103,7 @@ def train(
         with timed(seconds, "evaluate"):
             scores = evaluate_stage.run(
                 recipe.evaluate, model, job.objective, job.prepared,
-                rt=rt, log=log, folder=folder.path, referee=referee,
+                rt=rt, log=log, folder=folder.path, referee=job.referee,
             )  # fmt: skip
         trainable = sum(parameter.numel() for parameter in method.trainable(model.model).values())
         summary = report.summarize(recipe, trainable, job.facts, job.prepared, trained, scores)
@@ -125,7 +125,8 @@ def _open(recipe: Recipe, folder: RunFolder, rt: Runtime, log: Log) -> _Job:
     prepared = _prepare(recipe, tokenizer, rt, log)
     objective = opened.objective(recipe, prepared, rt)
     facts = fingerprints(prepared, base, start.fingerprint() if start else None)
-    return _Job(recipe, folder, base, start, tokenizer, prepared, objective, facts)
+    referee = referee_of(recipe, prepared, folder.path, rt, log)
+    return _Job(recipe, folder, base, start, tokenizer, prepared, objective, referee, facts)
 
 
 def _inject(

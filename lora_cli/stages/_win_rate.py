@@ -78,22 +78,22 @@ class Referee:
     def __init__(
         self,
         recipe: Recipe,
-        settings: WinRate,
+        win_rate: WinRate,
         prepared: Prepared,
         folder: Path | None,
         rt: Runtime,
         log: Log,
     ) -> None:
-        self._recipe, self._settings, self._prepared, self._folder = recipe, settings, prepared, folder
+        self.win_rate, self._recipe, self._prepared, self._folder = win_rate, recipe, prepared, folder
         self._rt, self._log = rt, log
         self._terms = []
         with _placed():
-            if settings.rewards is not None:
-                self._terms = _rewards.build(settings.rewards, allow_code=recipe.run.allow_code)
+            if win_rate.rewards is not None:
+                self._terms = _rewards.build(win_rate.rewards, allow_code=recipe.run.allow_code)
             self._require_references()
         self._key = None
-        if settings.judge is not None:
-            self._key = self._require_judge(settings.judge)
+        if win_rate.judge is not None:
+            self._key = self._require_judge(win_rate.judge)
 
     def _require_references(self) -> None:
         """Refuse a row whose answer a reward cannot compare with, before anything is trained."""
@@ -202,7 +202,7 @@ class Referee:
         forward, backward = (
             Asked(
                 f"{one.where}/win rate {order}",
-                requests.question_turns(one.prompt, first, second, self._settings.question),
+                requests.question_turns(one.prompt, first, second, self.win_rate.question),
             )
             for order, (first, second) in enumerate(orders)
         )
@@ -229,8 +229,8 @@ class Referee:
         )
 
     def _judge(self) -> WinRateJudge:
-        assert self._settings.judge is not None
-        return self._settings.judge
+        assert self.win_rate.judge is not None
+        return self.win_rate.judge
 
     def _batches(
         self, voice: Voice, questions: Sequence[tuple[int, tuple[Asked, Asked]]]
@@ -263,10 +263,10 @@ def referee_of(
     Raises:
         InputError: a reward cannot be made or has no reference to compare with, or a judge cannot be asked.
     """
-    settings = recipe.evaluate.compares()
-    if settings is None or prepared.eval is None:
+    win_rate = recipe.evaluate.compares()
+    if win_rate is None or prepared.eval is None:
         return None
-    return Referee(recipe, settings, prepared, folder, rt, log)
+    return Referee(recipe, win_rate, prepared, folder, rt, log)
 
 
 def _won(difference: float) -> float:
