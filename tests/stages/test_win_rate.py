@@ -21,8 +21,8 @@ from lora_cli.stages._win_rate import Z95, wilson
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-VOWELS = {"name": "regex", "pattern": "(hoot|purr)", "weight": 2.0}
-SHORT = {"name": "length", "limit": 3}
+SOUND = {"name": "regex", "pattern": "(the|says)", "weight": 2.0}
+SHORT = {"name": "length", "limit": 3, "weight": 2**-7}
 
 
 def job(folder: Path, base: Path, **changes: Any) -> Path:
@@ -64,19 +64,19 @@ def test_the_interval_is_wilson_s(points: int, number: int, low: float, high: fl
 
 def test_rewards_decide(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each answer's weighted sum stands in generations.jsonl; the more is worth wins; lora-eval says the same."""
-    path = job(tmp_path, base, evaluate__win_rate={"rewards": [VOWELS, SHORT]}, train__max_steps=20)
+    path = job(tmp_path, base, evaluate__win_rate={"rewards": [SOUND, SHORT]}, train__max_steps=40)
     scores = pipeline.train(load_recipe(path))["eval"]
     rows = lines_of(tmp_path / "run/generations.jsonl")
     points = 0.0
     for row in rows:
         for name in ("base", "tuned"):
-            shown = 2.0 * bool(re.search("hoot|purr", row[name]))
-            assert -1.0 <= row[f"{name}_reward"] - shown <= 0.0
+            shown = 2.0 * bool(re.search("the|says", row[name]))
+            assert -(2**-7) <= row[f"{name}_reward"] - shown <= 0.0
         difference = row["tuned_reward"] - row["base_reward"]
         assert row["won"] == (0.5 if difference == 0 else float(difference > 0))
         points += row["won"]
     tuned = scores["tuned"]
-    assert len({row["won"] for row in rows}) > 1
+    assert points > 11 / 2
     assert (tuned["win_rate"], tuned["win_rate_prompts"]) == (pytest.approx(points / 11), 11)
     assert (tuned["win_rate_low"], tuned["win_rate_high"]) == pytest.approx(wilson(points, 11))
     assert scores["base"]["win_rate"] == pytest.approx(1 - tuned["win_rate"])
@@ -85,6 +85,13 @@ def test_rewards_decide(tmp_path: Path, base: Path, capsys: pytest.CaptureFixtur
     assert again.code == 5
     assert json.loads(again.output)["tuned"]["win_rate"] == tuned["win_rate"]
     assert "win_rate_low" in again.errors
+    for reward, rate in (
+        ({**SOUND, "weight": -2.0}, 1 - points / 11),
+        ({**SOUND, "pattern": "nothing"}, 0.5),
+    ):
+        other = f"evaluate.win_rate.rewards={json.dumps([reward])}"
+        told = json.loads(run_here(capsys, "eval", str(tmp_path / "run"), "--json", other).output)
+        assert told["tuned"]["win_rate"] == pytest.approx(rate)
 
 
 def test_an_endpoint_judges_in_both_orders(
@@ -128,11 +135,11 @@ def test_a_run_that_goes_on_asks_nothing_twice(
         failed = run_here(capsys, "train", str(path))
         assert failed.code == 4
         assert len(failed.errors.splitlines()) == 1
-        assert len(lines_of(tmp_path / "run/endpoint.jsonl")) == 5
+        kept = len(lines_of(tmp_path / "run/endpoint.jsonl"))
+        assert kept in (5, 6)  # the next question may have been under way
         server.bodies.clear()
         assert run_here(capsys, "train", str(path)).code == 0
-        kept = lines_of(tmp_path / "run/endpoint.jsonl")
-        assert len(server.bodies) == len(kept) - 5
+        assert len(server.bodies) == len(lines_of(tmp_path / "run/endpoint.jsonl")) - kept
 
 
 def test_the_base_judges_as_its_own_folder_does(tmp_path: Path, base: Path) -> None:
