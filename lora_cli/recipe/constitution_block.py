@@ -22,8 +22,8 @@ class Critic(Section):
     """Who writes the critiques and the revisions."""
 
     kind: Literal["self", "local", "endpoint"] = "self"
-    """self: the model that answers the prompts. local: a model in a folder. endpoint: a server that speaks OpenAI's
-    chat completions."""
+    """self: the model that answers the prompts; of a win rate its base. local: a model in a folder. endpoint: a server
+    that speaks OpenAI's chat completions."""
     folder: str | None = None
     """Model folder of a local one."""
     url: str | None = None

@@ -7,17 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lora_cli.recipe.constitution_block import Critic
+from lora_cli.recipe.constitution_block import Judge
 from lora_cli.recipe.rollout_blocks import Reward
 from lora_cli.recipe.section import Conflict, PositiveInt, Section
-
-
-class WinRateJudge(Critic):
-    """Who says which of two answers is better."""
-
-    kind: Literal["self", "local", "endpoint"] = "self"
-    """self: the base, without what was trained. local: a model in a folder. endpoint: a server that speaks OpenAI's
-    chat completions."""
 
 
 class WinRate(Section):
@@ -26,7 +18,7 @@ class WinRate(Section):
 
     rewards: Annotated[list[Reward], Field(min_length=1)] | None = None
     """The answer that is worth more wins: a list as in objective.rewards, of which the weighted sum is taken."""
-    judge: WinRateJudge | None = None
+    judge: Judge | None = None
     """The answer that it takes to be better wins; it is asked in both orders."""
     question: Annotated[str, Field(min_length=1, max_length=10_000)] = (
         "Which reply answers the user better: what was asked, correctly and clearly?"

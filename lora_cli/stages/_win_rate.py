@@ -30,8 +30,7 @@ from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, load_model, load_tokenizer
 from lora_cli.objectives import _rewards
 from lora_cli.objectives._base import group_by_length, tokens_of_pass
-from lora_cli.recipe.evaluate_block import WinRate, WinRateJudge
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import Judge, Recipe, WinRate
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Log
 from lora_cli.stages import _voices
@@ -107,7 +106,7 @@ class Referee:
                     except InputError as fault:
                         raise InputError(f"{row.where}: {fault}") from None
 
-    def _require_judge(self, judge: WinRateJudge) -> str | None:
+    def _require_judge(self, judge: Judge) -> str | None:
         """Return the key of an endpoint; see that a local judge has the letters that it is to answer with."""
         place = f"{PLACE}.judge"
         if judge.kind == "endpoint":
@@ -228,7 +227,7 @@ class Referee:
             AdaptedModel(other, {}), load_tokenizer(folder), "auto", 1, judges=True, remedy=_REMEDY
         )
 
-    def _judge(self) -> WinRateJudge:
+    def _judge(self) -> Judge:
         assert self.win_rate.judge is not None
         return self.win_rate.judge
 
