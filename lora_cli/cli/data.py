@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from lora_cli.cli.arguments import Overrides, read_recipe
+from lora_cli.cli.uncollected import uncollected
 from lora_cli.errors import GateError, InputError
 
 PAGE_ROWS = 10
@@ -49,7 +50,8 @@ def data(
     from lora_cli import preflight  # needs the data readers, which a bad recipe need not wait for
 
     preflight.check_description(settings)
-    from lora_cli import without_training  # imports torch, since transformers does
+    with uncollected():
+        from lora_cli import without_training  # imports torch, since transformers does
 
     number = show if show is not None else PAGE_ROWS if page is not None and not rows else 0
     with contextlib.redirect_stdout(sys.stderr):

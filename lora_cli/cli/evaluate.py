@@ -13,6 +13,7 @@ import typer
 
 from lora_cli.cli.arguments import AtLeast, AtMost, Overrides, read_recipe
 from lora_cli.cli.exits import run_folder
+from lora_cli.cli.uncollected import uncollected
 from lora_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def evaluate(
     if preflight.kind_of(target) == "run":
         _refuse_what_a_run_cannot_ask(recipe)
     preflight.check_evaluation(target, recipe)
-    from lora_cli import without_training  # imports torch
+    with uncollected():
+        from lora_cli import without_training  # imports torch
     from lora_cli.recipe.gates import check_gates
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

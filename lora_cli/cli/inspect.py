@@ -12,6 +12,7 @@ import typer
 from lora_cli.cli import inspect_table
 from lora_cli.cli.arguments import Overrides
 from lora_cli.cli.evaluate import Target, read_target
+from lora_cli.cli.uncollected import uncollected
 from lora_cli.errors import InputError
 
 
@@ -30,7 +31,8 @@ def inspect(
     from lora_cli import preflight
 
     preflight.check_inspection(target, recipe)
-    from lora_cli import without_training  # imports torch
+    with uncollected():
+        from lora_cli import without_training  # imports torch
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         found = without_training.inspect(target, recipe)

@@ -11,6 +11,7 @@ import typer
 
 from lora_cli.cli.arguments import Overrides
 from lora_cli.cli.evaluate import Target, read_target
+from lora_cli.cli.uncollected import uncollected
 from lora_cli.errors import InputError
 
 _OF_PORTABLE = ("portable_rank", "max_portable_error")
@@ -66,7 +67,8 @@ def merge(
     from lora_cli import preflight
 
     preflight.check_merge(target, output, recipe)
-    from lora_cli import without_training  # imports torch
+    with uncollected():
+        from lora_cli import without_training  # imports torch
 
     without_training.merge(
         target,

@@ -11,6 +11,7 @@ import typer
 
 from lora_cli.cli.arguments import AtLeast, AtMost, Overrides, read_recipe
 from lora_cli.cli.exits import run_folder
+from lora_cli.cli.uncollected import uncollected
 from lora_cli.errors import InputError
 from lora_cli.paths import expanded
 
@@ -58,6 +59,7 @@ def train(
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
         method, base = settings.adapter.method, settings.model.base
         typer.echo(f"{recipe}: {settings.objective.name} with {method} on {base} -> {settings.run.output}")
-    from lora_cli import pipeline  # imports torch: seconds, which no fault above should cost
+    with uncollected():
+        from lora_cli import pipeline  # imports torch: seconds, which no fault above should cost
 
     pipeline.train(settings, resume=resume, overwrite=overwrite, gates=gates, allow=allow or ())

@@ -15,6 +15,8 @@ from lora_cli.types import Item, Progress
 
 _SHORT = 128
 """Tokens of the longest row that is counted in place of a long one."""
+_FAR = 0.25
+"""Part of the room that a bound may come to for no closer look."""
 _ROOM = {"cpu": 0.6, "cuda": 0.9}
 """Part of the free memory that is counted on. On a CPU the heap breaks up: a pass of 1 x 2048 tokens through 30 layers
 of 576 in bfloat16 has 1.60 GB of tensors, and the process grows by 2.23 GB."""
@@ -37,6 +39,8 @@ class Activations:
         self.wanted, self.model, self.objective, self.log = wanted, model, objective, log
         self._sharing = processes if model.device.type == "cpu" else 1
         """Processes that the free memory is for."""
+        self.filled = 1.0
+        """Part of the room that the longest pass is thought to need; 1 where nothing was estimated."""
         self.layers = Recomputation(decoder_layers(model.model) if wanted != "keep" else [])
         count = len(self.layers.layers)
         if wanted != "keep" and not count:
@@ -65,6 +69,11 @@ class Activations:
         room = _ROOM[self.model.device.type] * free_memory(self.model.device) / self._sharing - taken
         gpus = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(gpus), self.layers.kept(), attempt() as tried:
+            if bound := self._bound(row, number, progress, room):
+                self.layers.set(0)
+                self.filled = bound / room
+                self.log(f"activations: kept, at most {bound / 1e9:.2f} GB of {room / 1e9:.2f} that are free")
+                return
             saved = self._estimate(row, number, progress)
             if saved.to_recompute(room):  # little room: now the pass itself, which costs its forward pass
                 saved = self._count([row] * number, progress)
@@ -74,6 +83,7 @@ class Activations:
             return
         count = saved.to_recompute(room)
         self.layers.set(count)
+        self.filled = saved.peak(count) / room if room > 0 else 1.0
         needs, free = (f"{size / 1e9:.2f}" for size in (saved.peak(0), max(room, 0.0)))
         told = f"kept, about {needs}"
         if count:
@@ -90,6 +100,17 @@ class Activations:
             f"activations: a pass did not fit into memory; from here on all {count} layers are recomputed"
         )
         return True
+
+    def _bound(self, row: tuple[int, Item], number: int, progress: Progress, room: float) -> float:
+        """Return bytes that a pass cannot exceed, from one short pass; 0 where they are not far below the room.
+
+        With its length, what a row keeps grows at most as its square.
+        """
+        index, example = row
+        shortened = min(_SHORT, example.tokens)
+        saved = self._count([(index, example.head(shortened))], progress)
+        bound = number * (example.tokens / shortened) ** 2 * saved.peak(0)
+        return bound if bound <= _FAR * room else 0.0
 
     def _estimate(self, row: tuple[int, Item], number: int, progress: Progress) -> Saved:
         """Return what a pass of so many rows keeps: of a long one from three short passes of one row."""

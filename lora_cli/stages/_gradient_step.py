@@ -34,6 +34,8 @@ _NAMED = 5
 """Rows that a message names."""
 _TRIAL_SHARE = 0.01
 """Part of a run's tokens up to which its longest passes are tried out on a CPU."""
+_SURE = 0.25
+"""Part of the room that a pass may be thought to need for nothing to be tried out on a CPU."""
 
 
 class GradientStep:
@@ -143,8 +145,8 @@ class GradientStep:
         """Choose what the passes keep, and make the longest ones to come, so that one that does not fit into memory
         fails before the first update.
 
-        On a CPU, where a pass costs what it costs in training, only if that is little of the run. No weight, count or
-        random stream is changed.
+        On a CPU, where a pass costs what it costs in training, only if that is little of the run and the room may not
+        do. No weight, count or random stream is changed.
 
         Raises:
             ResourceError: a single row does not fit.
@@ -161,7 +163,8 @@ class GradientStep:
             self.passes.settle_activations(rows, Progress(longest, self.total))
         costs = min(2 * self.passes.size.tokens, sum(row.tokens for _, row in rows))
         to_come = float(lengths.mean()) * batch_size * (self.total - state.step)
-        if rows and (self.model.device.type != "cpu" or costs <= _TRIAL_SHARE * to_come):
+        doubtful = self.passes.activations.filled > _SURE and costs <= _TRIAL_SHARE * to_come
+        if rows and (self.model.device.type != "cpu" or doubtful):
             self.passes.try_out(rows, Progress(longest, self.total))
         self._agree_on_size()
 

@@ -78,7 +78,9 @@ def test_what_is_asked_for_changes_no_byte(
     assert counts == [2, 2, 0]
     assert lines[0] == "activations: all 2 layers are recomputed"
     assert lines[1] == f"{lines[0]}; there is no other memory to offload their inputs to"
-    assert re.fullmatch(r"activations: kept, about \d+\.\d\d GB of \d+\.\d\d that are free", lines[2])
+    assert re.fullmatch(
+        r"activations: kept, (about|at most) \d+\.\d\d GB of \d+\.\d\d that are free", lines[2]
+    )
 
 
 def test_without_room_layers_are_recomputed(
@@ -95,6 +97,31 @@ def test_without_room_layers_are_recomputed(
         if counts[-1]:
             assert f"{counts[-1]} of 2 layers recomputed" in line
     assert counts == [0, 2]
+
+
+def test_a_bound_far_below_the_room_ends_the_search(
+    job: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What one short pass bounds is at least what the estimate says, and with it no other pass is counted."""
+    passes = []
+    original = _activations.Activations._count
+
+    def count(self: Any, rows: Any, progress: Any) -> Any:
+        passes.append(len(rows))
+        return original(self, rows, progress)
+
+    monkeypatch.setattr(_activations.Activations, "_count", count)
+    said = []
+    for far in (0.25, 0.0):
+        monkeypatch.setattr(_activations, "_FAR", far)
+        monkeypatch.setattr(_activations, "_SHORT", 16)
+        passes.clear()
+        job(f"far{far}")
+        (megabytes,) = re.findall(r"kept, (?:about|at most) (\d+\.\d\d) GB", line_of(capsys))
+        said.append((len(passes), float(megabytes)))
+    (alone, bound), (several, estimate) = said
+    assert alone == 1 < several
+    assert bound >= estimate
 
 
 def _fails_until_recomputed(counts: list[int], patch: pytest.MonkeyPatch) -> None:
@@ -122,7 +149,9 @@ def test_a_pass_that_does_not_fit_is_recomputed_before_it_is_split(
     straight = job("straight")
     capsys.readouterr()
     counts.clear()
-    if not counted:
+    if counted:
+        monkeypatch.setattr(_activations, "_FAR", 0.0)
+    else:
         monkeypatch.setattr(_activations.Activations, "settle", lambda *_: None)
     _fails_until_recomputed(counts, monkeypatch)
     assert job("short") == straight
