@@ -46,9 +46,9 @@ def step_on(recipe: Recipe, base: Path, prepared: Prepared, rt: Runtime) -> Grad
     total = order.planned_steps(plan, len(prepared.train))
     model, method = inject.run(
         base, recipe.model.dtype, recipe.adapter, prepared,
-        start=None, quantization=opened.quantization(recipe), packing=recipe.data.packing, total_steps=total,
-        max_length=recipe.data.max_length, max_generated=0, batch_size=plan.batch_size, seed=recipe.run.seed,
-        resumed=lambda: None, rt=rt, log=lambda line: None,
+        start=None, keeps_start=False, quantization=opened.quantization(recipe), packing=recipe.data.packing,
+        total_steps=total, max_length=recipe.data.max_length, max_generated=0, batch_size=plan.batch_size,
+        seed=recipe.run.seed, resumed=lambda: None, rt=rt, log=lambda line: None,
     )  # fmt: skip
     objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
     return GradientStep(

@@ -135,7 +135,8 @@ def _inject(
     recipe = job.recipe
     model, method = inject.run(
         job.base, recipe.model.dtype, recipe.adapter, job.prepared,
-        start=job.start, quantization=opened.quantization(recipe), packing=recipe.data.packing,
+        start=job.start, keeps_start=job.objective.needs_reference,
+        quantization=opened.quantization(recipe), packing=recipe.data.packing,
         total_steps=total, max_length=recipe.data.max_length,
         max_generated=max(
             evaluate_stage.plan(recipe.evaluate, job.prepared), job.objective.require_rows(job.prepared)

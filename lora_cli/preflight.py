@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,20 +29,26 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def check(
-    recipe: Recipe, *, resume: bool | None = None, overwrite: bool = False, allow: Sequence[str] = ()
-) -> list[str]:
+    recipe: Recipe, *, resume: bool | None = None, overwrite: bool = False, allow: Sequence[str] = (),
+    later: Collection[str] = (),
+) -> list[str]:  # fmt: skip
     """Check a recipe that is to be trained, and return what was checked, a line each; see `pipeline.train`.
+
+    `later` are keys that name what is not made yet.
 
     Raises:
         InputError: with every problem found.
     """
+    rows_are_there = not any(key.startswith(("data.train", "data.sources.")) for key in later)
     return _run_all(
-        lambda: _check_data(recipe, "train"),
-        lambda: _check_data(recipe, "eval") if recipe.data.eval is not None else None,
-        lambda: _check_model(recipe),
+        lambda: _check_data(recipe, "train") if rows_are_there else None,
+        lambda: (
+            _check_data(recipe, "eval") if recipe.data.eval is not None and "data.eval" not in later else None
+        ),
+        lambda: _check_model(recipe) if "model.base" not in later else None,
         lambda: _check_allowed(allow),
-        lambda: _check_start(recipe, resume=resume),
-        lambda: _check_template(recipe),
+        lambda: _check_start(recipe, resume=resume) if "adapter.init_from" not in later else None,
+        lambda: _check_template(recipe) if rows_are_there else None,
         lambda: check_win_rate(recipe),
         lambda: output_folder.check(recipe, resume=resume, overwrite=overwrite),
     )

@@ -71,9 +71,12 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         attention = fastest_attention(rt.device, recipe.data.max_length)
         model, method = opened.model(recipe, adapter, base, rt.device, attention=attention)
         inject.check_rows_fit(model, prepared, max_generated=generated)
+        began = {}
+        if method is not None and objective.needs_reference and RunFolder(target).is_run():
+            began = opened.start_values(recipe, base, model, method)
         packs = inject.settle_packing(model, recipe.data.packing, log.line)
         head = inject.settle_head(model, packs, log.line)
-        adapted = AdaptedModel(model, method.placed() if method else {}, packs=packs, head=head)
+        adapted = AdaptedModel(model, method.placed() if method else {}, began=began, packs=packs, head=head)
         scores = evaluate_stage.run(
             recipe.evaluate, adapted, objective, prepared,
             rt=rt, log=log, with_base=adapter is not None, referee=referee,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_cli.cli.arguments import AtLeast, AtMost, Overrides, read_recipe
+from lora_cli.cli.arguments import AtLeast, AtMost, Overrides, read_recipe, run_of
 from lora_cli.cli.exits import run_folder
 from lora_cli.cli.uncollected import uncollected
 from lora_cli.errors import InputError
@@ -84,6 +84,7 @@ def evaluate(
 ) -> None:
     """Score a run, an adapter or a model on the rows of data.eval, beside its base."""
     blocks = ("model", "data", "objective", "evaluate", "run")
+    target = run_of(target)
     recipe, gates = read_target(target, overrides or (), at_least or (), at_most or (), blocks=blocks)
     from lora_cli import preflight
 

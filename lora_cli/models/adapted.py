@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from lora_cli.models import norms
 from lora_cli.models.output_head import OutputHead
 from lora_cli.types import IGNORED, Batch, Documents
+
+State = Literal["live", "base", "began"]
+"""What the model computes as: itself, its base, or what training began with."""
 
 
 class Switchable(Protocol):
@@ -35,6 +39,7 @@ class AdaptedModel:
         layers: Mapping[str, Switchable],
         frozen_copy: Mapping[str, Tensor] | None = None,
         *,
+        began: Mapping[str, Mapping[str, nn.Parameter]] | None = None,
         packs: bool = False,
         head: OutputHead | None = None,
     ) -> None:
@@ -45,7 +50,13 @@ class AdaptedModel:
         self.head = head
         """What makes the losses without all logits; None: they are made of the model's own logits."""
         self._frozen_copy = frozen_copy or {}
-        self._is_reference = False
+        self._began = [
+            _Stored(model.get_submodule(path), name, value)
+            for path, values in (began or {}).items()
+            for name, value in values.items()
+        ]
+        """The values of the adapters that training begins with, where it does not begin as the base (`values_of`)."""
+        self._state: State = "live"
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -152,29 +163,18 @@ class AdaptedModel:
 
         One within another changes nothing.
         """
-        if self._is_reference:
+        with self._as("base"):
             yield
-            return
-        self._is_reference = True
-        for layer in self.layers.values():
-            layer.enabled = False
-        self._swap_frozen_copy()
-        try:
-            yield
-        finally:
-            self._swap_frozen_copy()
-            for layer in self.layers.values():
-                layer.enabled = True
-            self._is_reference = False
 
     @contextmanager
     def as_it_began(self) -> Iterator[None]:
-        """Within it the model is its own base, without dropout or gradient, and rounds as the pass beside it does.
+        """Within it the model is what training began with, without dropout or gradient.
 
-        A difference of a rounding in each layer adds up to several nats over an answer.
+        That is the base, or where the run starts from an adapter the base with that one. It rounds as the pass beside
+        it does: a difference of a rounding in each layer adds up to several nats over an answer.
         """
         alike = norms.as_while_training() if self.model.training else nullcontext()
-        with alike, self.evaluating(), self.reference():
+        with alike, self.evaluating(), self._as("began" if self._began else "base"):
             yield
 
     @contextmanager
@@ -188,13 +188,61 @@ class AdaptedModel:
         finally:
             self.model.train(training)
 
+    @contextmanager
+    def _as(self, state: State) -> Iterator[None]:
+        before = self._state
+        self._become(state)
+        try:
+            yield
+        finally:
+            self._become(before)
+
     @torch.no_grad()
-    def _swap_frozen_copy(self) -> None:
-        for name, copy in self._frozen_copy.items():
-            parameter = self.model.get_parameter(name)
-            trained = parameter.detach().clone()
-            parameter.copy_(copy)
-            copy.copy_(trained)
+    def _become(self, state: State) -> None:
+        before, self._state = self._state, state
+        if before == state:
+            return
+        if "base" in (before, state):
+            for layer in self.layers.values():
+                layer.enabled = state != "base"
+            for name, copy in self._frozen_copy.items():
+                parameter = self.model.get_parameter(name)
+                trained = parameter.detach().clone()
+                parameter.copy_(copy)
+                copy.copy_(trained)
+        if "began" in (before, state):
+            for stored in self._began:
+                stored.exchange()
+
+
+@dataclass(slots=True)
+class _Stored:
+    """A parameter that stands in for the one that a module has, and the other way round after `exchange`."""
+
+    module: nn.Module
+    name: str
+    value: nn.Parameter
+
+    def exchange(self) -> None:
+        """Give the module this parameter, and keep its own; none is copied, so that a graph recorded before holds."""
+        self.value, own = self.module.get_parameter(self.name), self.value
+        self.module.register_parameter(self.name, own)
+
+
+def values_of(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Parameter]]:
+    """Return a copy of what is trained of adapter layers, by path and name; modules that share a value share its copy.
+
+    It takes 4 bytes a trained parameter. What of a layer is frozen is not copied: it stays what it is.
+    """
+    copies: dict[int, nn.Parameter] = {}
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for path, module in modules.items():
+        for name, own in module.named_parameters(recurse=False):
+            if own.requires_grad:
+                if id(own) not in copies:
+                    copies[id(own)] = nn.Parameter(own.detach().clone())
+                found.setdefault(path, {})[name] = copies[id(own)]
+    return found
 
 
 def _until(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:

@@ -72,6 +72,8 @@ class Objective(ABC):
     """Whether it learns from what it samples."""
     updates_per_rollout: int = 1
     """Optimizer steps in a row that get the same rows."""
+    needs_reference: bool = True
+    """Whether it compares with the model that training began with; an objective that does not says so."""
 
     @abstractmethod
     def micro_batches(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class PreferenceObjective(Objective):
     reported = watched = (
         "right", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"
     )  # fmt: skip
-    needs_reference: ClassVar[bool] = False
+    needs_reference = False
 
     def __init__(self, *, pad_id: int) -> None:
         self.pad_id = pad_id

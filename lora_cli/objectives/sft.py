@@ -17,6 +17,7 @@ class Sft(Objective):
     """Next-token prediction on the tokens that the data marks as trained."""
 
     reported = ("correct",)
+    needs_reference = False
 
     def __init__(self, *, pad_id: int) -> None:
         self.pad_id = pad_id
