@@ -39,12 +39,11 @@ def check(
     Raises:
         InputError: with every problem found.
     """
+    held_out_is_there = recipe.data.eval is not None and "data.eval" not in later
     rows_are_there = not any(key.startswith(("data.train", "data.sources.")) for key in later)
     return _run_all(
         lambda: _check_data(recipe, "train") if rows_are_there else None,
-        lambda: (
-            _check_data(recipe, "eval") if recipe.data.eval is not None and "data.eval" not in later else None
-        ),
+        lambda: _check_data(recipe, "eval") if held_out_is_there else None,
         lambda: _check_model(recipe) if "model.base" not in later else None,
         lambda: _check_allowed(allow),
         lambda: _check_start(recipe, resume=resume) if "adapter.init_from" not in later else None,
