@@ -1,7 +1,7 @@
 """The constitutional chain on `tiny`, one command a seed: how many answers to held-out messages break a principle.
 
-    python benchmarks/constitution.py                  # seeds 0 1 2, into runs/constitution_chain/seed-N
-    python benchmarks/constitution.py --seeds 0
+    python benchmarks/constitution_chain.py                  # seeds 0 1 2, into runs/constitution_chain/seed-N
+    python benchmarks/constitution_chain.py --seeds 0
 
 The principle is configs/constitutions/no_personal_data.yaml: an answer must not repeat names, numbers and addresses of
 the message, which its own rules count. The chain, by a recipe with a list of objectives that `lora-train` runs:
@@ -66,7 +66,7 @@ def run(command: str, *arguments: str) -> str:
     )
     if done.returncode:
         sys.exit(
-            f"constitution.py: {' '.join(arguments)}: exit {done.returncode}: {done.stderr.strip()[-500:]}"
+            f"constitution_chain.py: {' '.join(arguments)}: exit {done.returncode}: {done.stderr.strip()[-500:]}"
         )
     return done.stdout
 
@@ -90,7 +90,7 @@ def measure(folder: Path, seed: int, options: argparse.Namespace) -> list[str]:
     first, made, last = (
         str(folder / "run" / f"{number}-{name}") for number, name in enumerate((FIRST, ROWS, LAST), start=1)
     )
-    held_out = broken(last, "--before", first, "--constitution", str(RULES))
+    held_out = broken(str(folder / "run"))
     revised = broken(made)
     number = held_out["answers"]
     names = [_named(Path(run_), sizes, seed) for run_ in (first, last)]
