@@ -118,10 +118,11 @@ def _refuse_what_a_run_cannot_ask(recipe: Recipe) -> None:
         )
     win_rate = recipe.evaluate.compares()
     judge = win_rate.judge if win_rate is not None else None
-    key = "evaluate.win_rate.judge.url"
-    if judge is not None and judge.url is not None and not recipe.at(key).startswith("override "):
-        problems.append(
-            f"{recipe.at(key)}: the recipe of a run cannot open a connection (add {key}={judge.url}, if you trust it)"
-        )
+    for name, does in (("url", "open a connection"), ("key_from", "choose what is sent")):
+        value, key = getattr(judge, name, None), f"evaluate.win_rate.judge.{name}"
+        if value is not None and not recipe.at(key).startswith("override "):
+            problems.append(
+                f"{recipe.at(key)}: the recipe of a run cannot {does} (add {key}={value}, if you trust it)"
+            )
     if problems:
         raise InputError(problems)

@@ -251,24 +251,28 @@ def test_what_cannot_be_decided_is_refused(
 
 
 def test_a_run_that_was_handed_over_neither_connects_nor_runs_code(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """lora-eval asks its user for the address, and for leave to run code, though the run's recipe has them."""
+    """lora-eval asks its user for address and key, and for leave to run code, though the run's recipe has them."""
+    monkeypatch.setenv("SOME_KEY", "the-key")
     (tmp_path / "judge.py").write_text("def judge(completion, prompt, reference):\n    return 1.0\n")
     python = {"name": "python", "file": str(tmp_path / "judge.py"), "function": "judge"}
     code = job(tmp_path / "code", base, evaluate__win_rate={"rewards": [python]}, run__allow_code=True)
     with ChatServer(shorter) as server:
-        judge = {"kind": "endpoint", "url": server.url, "model": "m"}
+        judge = {"kind": "endpoint", "url": server.url, "model": "m", "key_from": "SOME_KEY"}
         asking = job(tmp_path / "asking", base, evaluate__win_rate={"judge": judge})
-        for path, key in (
-            (code, "run.allow_code=true"),
-            (asking, f"evaluate.win_rate.judge.url={server.url}"),
-        ):
+        address, key = (
+            f"evaluate.win_rate.judge.url={server.url}",
+            "evaluate.win_rate.judge.key_from=SOME_KEY",
+        )
+        for path, needed in ((code, ["run.allow_code=true"]), (asking, [address, key])):
             assert run_here(capsys, "train", str(path)).code == 0
             server.bodies.clear()
-            refused = run_here(capsys, "eval", str(path.parent / "run"))
-            assert (refused.code, key in refused.errors, server.bodies) == (2, True, [])
-            assert run_here(capsys, "eval", str(path.parent / "run"), key).code == 0
+            for given in ([], needed[1:]) if len(needed) > 1 else ([],):
+                refused = run_here(capsys, "eval", str(path.parent / "run"), *given)
+                assert (refused.code, server.bodies) == (2, [])
+                assert all(one in refused.errors for one in needed if one not in given)
+            assert run_here(capsys, "eval", str(path.parent / "run"), *needed).code == 0
     assert server.bodies
 
 
