@@ -1,8 +1,8 @@
 """Win rate: the tuned model's answers against the base's to the same prompts, decided by rewards or by a judge.
 
 A win counts 1, a tie 1/2. The interval is Wilson's (1927): all P with |p - P| <= z sqrt(P (1 - P) / n). It stays within
-0 and 1, also where every answer wins. Halves vary less than wins and losses: with ties it is wider than it would have to
-be. A judge is asked in both orders, see `constitution/voice.py`; equal answers are a tie that nobody is asked about. One
+0 and 1, also where every answer wins. Halves vary less than wins and losses: with ties it is wider than need be. A
+judge is asked in both orders, see `constitution/voice.py`; equal answers are a tie that nobody is asked about. One
 process decides, for all of them.
 """
 
