@@ -35,7 +35,8 @@ def gradient_step(path: Path, overrides: Sequence[str], rt: Runtime) -> Gradient
     recipe = load_recipe(path, overrides)
     base = base_folder(recipe.model.base, recipe.model.revision)
     tokenizer = opened.tokenizer_for(recipe, base)
-    prepared = prepare.run(recipe.data, recipe.objective.train_on, tokenizer, rt, lambda line: None)
+    kinds = objectives.consumes(recipe.objective)
+    prepared = prepare.run(recipe.data, recipe.train_on(), tokenizer, rt, lambda line: None, consumes=kinds)
     return step_on(recipe, base, prepared, rt)
 
 

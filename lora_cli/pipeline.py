@@ -105,7 +105,7 @@ def train(
                 recipe.evaluate, model, job.objective, job.prepared,
                 rt=rt, log=log, folder=folder.path, referee=job.referee,
             )  # fmt: skip
-        trainable = sum(parameter.numel() for parameter in method.trainable(model.model).values())
+        trainable = _trainable(job, model, method)
         summary = report.summarize(recipe, trainable, job.facts, job.prepared, trained, scores)
         with timed(seconds, "export"):
             card = report.model_card(summary, recipe)
@@ -123,8 +123,10 @@ def _open(recipe: Recipe, folder: RunFolder, rt: Runtime, log: Log) -> _Job:
     recipe, start = opened.settle_start(recipe, base)
     tokenizer = opened.tokenizer_for(recipe, base)
     prepared = _prepare(recipe, tokenizer, rt, log)
-    objective = opened.objective(recipe, prepared, rt)
-    facts = fingerprints(prepared, base, start.fingerprint() if start else None)
+    objective = opened.objective(recipe, prepared, rt, log.line)
+    if start:
+        opened.begin_from(start, objective)
+    facts = fingerprints(prepared, base, start.fingerprint() if start else None) | objective.contents()
     referee = referee_of(recipe, prepared, folder.path, rt, log)
     return _Job(recipe, folder, base, start, tokenizer, prepared, objective, referee, facts)
 
@@ -144,8 +146,15 @@ def _inject(
         batch_size=recipe.train.batch_size, seed=recipe.run.seed,
         resumed=lambda: None if step is None else checkpoints.method_state(step), rt=rt, log=log.line,
     )  # fmt: skip
-    export.require_expressible(recipe.export_formats(), model, method)
+    scores = job.objective.has_score_head
+    export.require_expressible(recipe.export_formats(), model, method, scores=scores)
     return model, method
+
+
+def _trainable(job: _Job, model: AdaptedModel, method: Method) -> int:
+    """Return how many parameters are trained."""
+    weights = {**method.trainable(model.model), **job.objective.trainable(model)}
+    return sum(parameter.numel() for parameter in weights.values())
 
 
 def _begin(
@@ -188,7 +197,8 @@ def _export(
     )  # fmt: skip
     return export.run(
         targets, model, method, beside,
-        settings=recipe.export, sample=prepared.sample(), merge_with=merge_with, log=log.line,
+        settings=recipe.export, sample=prepared.sample(), merge_with=merge_with,
+        score=job.objective.score_head(), log=log.line,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from lora_cli.recipe.data_block import CHOICES, is_template_file
 from lora_cli.recipe.keys import keys_at
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import nearest_key
-from lora_cli.runtime import output_folder
+from lora_cli.runtime import output_folder, reward_folder
 from lora_cli.runtime.run_folder import RunFolder
 from lora_cli.stages._win_rate_checks import check_win_rate
 
@@ -49,6 +49,7 @@ def check(
         lambda: _check_start(recipe, resume=resume) if "adapter.init_from" not in later else None,
         lambda: _check_template(recipe) if rows_are_there else None,
         lambda: check_win_rate(recipe),
+        lambda: reward_folder.check(recipe) if "objective.rewards" not in later else None,
         lambda: output_folder.check(recipe, resume=resume, overwrite=overwrite),
     )
 
@@ -127,8 +128,7 @@ def kind_of(target: Path) -> Literal["run", "adapter", "model"]:
 
 def _run_all(*checks: Callable[[], str | list[str] | None]) -> list[str]:
     """Run every check; one that fails does not keep the others from being told."""
-    done: list[str] = []
-    problems: list[str] = []
+    done, problems = list[str](), list[str]()
     for one in checks:
         try:
             lines = one() or []

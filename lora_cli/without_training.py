@@ -31,6 +31,7 @@ from lora_cli.errors import InputError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import DTYPES, base_fingerprint, fastest_attention, load_model, tokenizer_folder
 from lora_cli.models.safety import check_model_folder
+from lora_cli.models.score_head import ScoreHead, read_weight
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.gates import Gate, check_gates
 from lora_cli.recipe.schema import Constitution, Recipe
@@ -65,7 +66,9 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         log.line(f"evaluating {adapter or base}" + (f" on {recipe.model.base}" if adapter else ""))
         tokenizer, _ = opened.tokenizer_of(adapter, base)
         prepared = _held_out(recipe, tokenizer, adapter, rt, log)
-        objective = opened.objective(recipe, prepared, rt)
+        objective = opened.objective(recipe, prepared, rt, log.line)
+        if objective.has_score_head:
+            objective.take_score_head(opened.require_score_head(adapter or base))
         referee = _win_rate.referee_of(recipe, prepared, None, rt, log)
         generated = max(evaluate_stage.plan(recipe.evaluate, prepared), objective.require_rows(prepared))
         attention = fastest_attention(rt.device, recipe.data.max_length)
@@ -100,7 +103,7 @@ def describe_data(recipe: Recipe, *, show: int = 0, rows: Sequence[str] = ()) ->
             recipe.data, recipe.train_on(), tokenizer, rt, log.line, consumes=every, spelled=named
         )
         assert prepared.train is not None
-        objective = opened.objective(recipe, prepared, rt)
+        objective = opened.objective(recipe, prepared, rt, log.line)
         steps = planned_steps(recipe.train, len(prepared.train), updates=objective.updates_per_rollout)
         refusals: list[str] = []
         for check in (lambda: require_used(prepared, named), lambda: require_best(recipe.train, steps)):
@@ -134,7 +137,9 @@ def merge(
         model, method = opened.model(recipe, adapter, base, rt.device, dtype=dtype)
         assert method is not None
         tokenizer = with_template(own, recipe.data.template, adapter)
-        _, stop_ids = settle_special_tokens(tokenizer, recipe.data.template)
+        pad_id, stop_ids = settle_special_tokens(tokenizer, recipe.data.template)
+        weight = read_weight(adapter)
+        score = None if weight is None else ScoreHead(weight, pad_id)
         adapted = AdaptedModel(model, method.placed())
         _space.require_for_export(form, recipe.export, output, base, adapted, method)
         merge_with = f"lora-merge {target} --output DIR"
@@ -147,7 +152,7 @@ def merge(
         )  # fmt: skip
         differences = export.run(
             {form: output}, adapted, method, beside,
-            settings=recipe.export, sample=sample, merge_with=merge_with, log=log.line,
+            settings=recipe.export, sample=sample, merge_with=merge_with, score=score, log=log.line,
         )  # fmt: skip
         return {"output": str(output), "max_logit_difference": differences.pop(form), **differences}
 
@@ -168,7 +173,9 @@ def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
             runs_code = recipe.model.trust_remote_code
             header = check_model_folder(folder, runs_code=runs_code)
             dtype = DTYPES["bfloat16" if header.dtypes == ("BF16",) else "float32"]
-            model, source = (load_model(one, dtype=dtype, device=rt.device) for one in (base, folder))
+            model, source = (
+                load_model(one, dtype=dtype, device=rt.device, headless=True) for one in (base, folder)
+            )
         log.line(f"inspecting {adapter or folder} on {recipe.model.base}")
         found = inspect_stage.run(source, model, settings)
         return {"target": str(target), "base": recipe.model.base, "quantize": recipe.quantization(), **found}

@@ -35,6 +35,7 @@ FLOORS = {
     "models": 1,
     "recipe": 0,
     "types": 0,
+    "targets": 0,
     "errors": 0,
     "redaction": 0,
     "network": 0,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lora_cli.adapters._base import Method
 from lora_cli.errors import InputError
+from lora_cli.models import score_head
 from lora_cli.models.nf4 import QuantizedLinear
 from lora_cli.models.tensor_files import save_tensors
 from lora_cli.models.weight_files import read_json
@@ -31,6 +32,9 @@ from lora_cli.redaction import redacted
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+CLASSIFIER = "SEQ_CLS"
+"""PEFT's task of a reward model, of which it adds both names to what is trained whole."""
+_HEADS = ("classifier", "score")
 
 _DESCRIPTIVE = frozenset(
     {
@@ -52,8 +56,10 @@ _RANKED = re.compile(r"\.(lora_A|lora_embedding_A|lora_E|vera_lambda_d)\b")
 _NEUTRAL: tuple[object, ...] = (None, False, "none", {}, [])
 
 
-def write(folder: Path, method: Method, *, base_name: str, revision: str | None) -> None:
-    """Write the injected method's config and tensors into an existing folder.
+def write(
+    folder: Path, method: Method, *, base_name: str, revision: str | None, score: Tensor | None = None
+) -> None:
+    """Write the injected method's config and tensors into an existing folder, and a reward model's head (1, H).
 
     Raises:
         DivergedError: a tensor is not finite.
@@ -69,9 +75,16 @@ def write(folder: Path, method: Method, *, base_name: str, revision: str | None)
         "inference_mode": True,
         "auto_mapping": None,
     }
+    tensors = places(method)
+    if score is not None:
+        config |= {
+            "task_type": CLASSIFIER,
+            "modules_to_save": [*(config.get("modules_to_save") or []), "score"],
+        }
+        tensors[PREFIX + score_head.NAME] = score
     text = json.dumps(dict(sorted(config.items())), indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    save_tensors(places(method), folder / TENSOR_FILE, metadata={"format": "pt"})
+    save_tensors(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
 
 
 def places(method: Method) -> dict[str, Tensor]:
@@ -88,7 +101,7 @@ def places(method: Method) -> dict[str, Tensor]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the settings of an adapter folder, whatever its method.
+    """Return the settings of an adapter folder, whatever its method; without the head of a reward model.
 
     Raises:
         InputError: the file is missing or malformed, or does not say which layers it adapts.
@@ -100,6 +113,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     targets = config.get("target_modules")
     if not (isinstance(targets, str) or _are_names(targets)):
         raise InputError(f"{path}: target_modules is {_shown(targets)} (expected names or a pattern)")
+    saved = config.get("modules_to_save")
+    if config.get("task_type") == CLASSIFIER and isinstance(saved, list):
+        config["modules_to_save"] = [name for name in saved if name not in _HEADS] or None
     return config
 
 
@@ -195,6 +211,8 @@ def fill(folder: Path, method: Method) -> None:
         InputError: a tensor is missing, unexpected, of another shape, or not finite.
     """
     tensors, wanted = _read_tensors(folder), places(method)
+    if read_json(folder / CONFIG_FILE).get("task_type") == CLASSIFIER:
+        tensors.pop(PREFIX + score_head.NAME, None)  # no part of the method: `score_head.read_weight`
     _drop_base_weights(folder, method, tensors)
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unexpected:

@@ -96,7 +96,7 @@ def _train_stages(
     ):
         return
     with uncollected():
-        from lora_cli import chain
+        from lora_cli import chain  # imports torch
 
     chain.train(stages, resume=resume, overwrite=overwrite, gates=gates, allow=allow)
 

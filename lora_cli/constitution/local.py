@@ -19,6 +19,7 @@ from lora_cli.errors import InputError, ResourceError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.memory import attempt, forget
 from lora_cli.models.sampling import Draw, sample
+from lora_cli.targets import Targets
 from lora_cli.types import IGNORED, Batch, Message
 
 PASS_TOKENS = {"cpu": 8192, "cuda": 65536}
@@ -128,7 +129,8 @@ class LocalVoice:
             labels[row, len(prompt)] = ids[row, len(prompt)]
         device = self.model.device
         rows = tuple(range(len(prompts)))
-        return Batch(ids.to(device), mask.to(device), labels.to(device), rows)
+        targets = Targets.of_rows(labels).to(device)
+        return Batch(ids.to(device), mask.to(device), labels.to(device), rows, targets=targets)
 
 
 @dataclass(frozen=True, slots=True)

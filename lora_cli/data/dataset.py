@@ -113,7 +113,10 @@ class Pairs:
 
 
 class LabelledAnswers:
-    """The rows of a data set, each with whether its answer is wanted; satisfies `types.Examples`."""
+    """The rows of a data set, each with whether its answer is wanted; satisfies `types.Examples`.
+
+    Of a pair the first answer is, the second is not.
+    """
 
     def __init__(self, answers: Dataset) -> None:
         self.answers = answers
@@ -127,7 +130,8 @@ class LabelledAnswers:
     def __getitem__(self, index: int) -> LabelledExample:
         """Return row `index`; its arrays are views into the mapped file, read-only."""
         part, row = self.answers.find(index)
-        return LabelledExample(part.cache[row], bool(part.cache.values[row]))
+        wanted = row % 2 == 0 if part.pairs else bool(part.cache.values[row])
+        return LabelledExample(part.cache[row], wanted)
 
     def where(self, index: int) -> str:
         """Return `file:line` of row `index`."""

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,7 +19,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lora_cli.models import norms
 from lora_cli.models.output_head import OutputHead
-from lora_cli.types import IGNORED, Batch, Documents
+from lora_cli.models.packing import share_prefixes
+from lora_cli.types import Batch, Documents
 
 State = Literal["live", "base", "began"]
 """What the model computes as: itself, its base, or what training began with."""
@@ -59,6 +61,12 @@ class AdaptedModel:
         self._state: State = "live"
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
+    @cached_property
+    def shares_prompts(self) -> bool:
+        """Whether answers to one prompt may share its tokens in a packed sequence; tried when it is asked first."""
+        with self.evaluating():
+            return self.packs and share_prefixes(self.model)
+
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
@@ -74,7 +82,7 @@ class AdaptedModel:
         """Return each trained token's negative log-likelihood (N,) float32, with its gradient.
 
         In evaluation the second is whether the token was the most likely one, (N,) bool; None while training. Tokens
-        come row by row as in `batch.labels[:, 1:]`, so that what a row sums to, a log-probability of an answer, say,
+        come row by row as in `batch.targets`, so that what a row sums to, a log-probability of an answer, say,
         is a sum over its part of them. No logits of more than a few tokens are alive at a time where `head` is known.
         """
         best = not self.model.training
@@ -82,41 +90,43 @@ class AdaptedModel:
             logits, wanted = self.trained_logits(batch)
             losses = nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
             return losses, logits.argmax(dim=-1) == wanted if best else None
-        targets = batch.labels[:, 1:]
-        rows, places = (targets != IGNORED).nonzero(as_tuple=True)
-        hidden = self.head.hidden(**self._arguments(batch))
-        # Index by index: the backward pass of a boolean mask would sort.
-        chosen = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)  # (N, H)
-        return self.head.token_losses(chosen, targets[rows, places], best=best)
+        return self.head.token_losses(self._predicting(batch, self.head), batch.targets.tokens, best=best)
 
     def token_losses_and_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what `token_losses` does first, (N,), and the last hidden state that predicts each token, (N, H)."""
-        targets = batch.labels[:, 1:]
-        rows, places = (targets != IGNORED).nonzero(as_tuple=True)
+        targets = batch.targets
         if self.head is not None:
-            hidden = self.head.hidden(**self._arguments(batch))
-            chosen = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)  # (N, H)
-            return self.head.token_losses(chosen, targets[rows, places], best=False)[0], chosen
+            chosen = self._predicting(batch, self.head)
+            return self.head.token_losses(chosen, targets.tokens, best=False)[0], chosen
         output = self.model(**self._arguments(batch), use_cache=False, output_hidden_states=True)
-        index = rows * output.logits.shape[1] + places
         logits, chosen = (
-            one.flatten(0, 1).index_select(0, index) for one in (output.logits, output.hidden_states[-1])
+            one.flatten(0, 1).index_select(0, targets.predictors)
+            for one in (output.logits, output.hidden_states[-1])
         )
-        return nn.functional.cross_entropy(logits.float(), targets[rows, places], reduction="none"), chosen
+        return nn.functional.cross_entropy(logits.float(), targets.tokens, reduction="none"), chosen
+
+    def states_at(self, batch: Batch, places: Tensor) -> Tensor:
+        """Return the decoder's last hidden states at places of the batch flattened, (A,) -> (A, H), with gradients."""
+        hidden = self.model.base_model(**self._arguments(batch), use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, places)
 
     def trained_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) that predict each trained token, and those tokens (N,)."""
-        targets = batch.labels[:, 1:]
-        trained = targets != IGNORED  # (B, T-1): position t predicts token t+1
-        arguments = self._arguments(batch)
-        columns = trained.any(dim=0).nonzero().squeeze(1)  # positions that predict a trained token in any row
+        targets, arguments = batch.targets, self._arguments(batch)
+        index, length = targets.predictors, batch.input_ids.shape[1]
         if self._keeps_logits:
             # The head is the largest product of small models; it is applied only where some row trains.
+            columns, places = torch.unique(index % length, return_inverse=True)
             arguments["logits_to_keep"] = columns
-        output = self.model(**arguments, use_cache=False)
-        logits = output.logits if self._keeps_logits else output.logits[:, columns]
-        chosen = trained[:, columns]
-        return logits[chosen], targets[:, columns][chosen]
+            index = index // length * len(columns) + places
+        logits: Tensor = self.model(**arguments, use_cache=False).logits
+        return logits.flatten(0, 1).index_select(0, index), targets.tokens
+
+    def _predicting(self, batch: Batch, head: OutputHead) -> Tensor:
+        """Return the last hidden state before each trained token, (N, H)."""
+        hidden = head.hidden(**self._arguments(batch))
+        # Index by index: the backward pass of a boolean mask would sort.
+        return hidden.flatten(0, 1).index_select(0, batch.targets.predictors)
 
     def _arguments(self, batch: Batch) -> dict[str, Tensor | Documents | None]:
         """Return what the model is called with, but for `use_cache`: false, or a document would see the one before."""
@@ -156,6 +166,11 @@ class AdaptedModel:
         finally:
             self.model.generation_config = own
         return [_until(row, stop_ids) for row in output[:, longest:].tolist()]
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the model is its own base at the moment."""
+        return self._state == "base"
 
     @contextmanager
     def reference(self) -> Iterator[None]:

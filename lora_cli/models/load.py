@@ -134,11 +134,13 @@ def load_model(
     device: torch.device,
     attention: str | None = None,
     quantization: Quantization | None = None,
+    headless: bool = False,
 ) -> PreTrainedModel:
     """Return the folder's decoder-only model in `dtype` on `device`, in evaluation mode.
 
     `attention` is transformers' name of an attention implementation; None: the one it prefers.
     With `quantization` its linear layers, but for the output head, are stored in that form and compute in `dtype`.
+    `headless`: it may be a reward model, whose output head is not stored, and is zero then.
 
     Raises:
         InputError: it is not a causal language model that transformers knows, a weight is missing or misshapen, or
@@ -161,6 +163,10 @@ def load_model(
             output_loading_info=True,
         )
     model, report = loaded
+    if headless and set(report.get("missing_keys", ())) & _head_names(model):
+        report["missing_keys"] = set(report["missing_keys"]) - _head_names(model)
+        for parameter in model.get_output_embeddings().parameters():
+            torch.nn.init.zeros_(parameter)
     for problem in ("missing_keys", "mismatched_keys"):
         names = sorted(str(name if isinstance(name, str) else name[0]) for name in report.get(problem, ()))
         if names:
@@ -174,6 +180,15 @@ def load_model(
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
     return model
+
+
+def _head_names(model: Any) -> set[str]:
+    head = model.get_output_embeddings()
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if any(parameter is one for one in head.parameters())
+    }
 
 
 def fastest_attention(device: torch.device, max_length: int) -> str | None:

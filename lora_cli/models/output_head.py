@@ -143,7 +143,8 @@ def _distances(
         plain = head(states * factor).float()
         if own.shape != plain.shape:
             return [math.inf] * len(scalings)
-        allowed = TOLERANCES.get(states.dtype, TOLERANCES[torch.bfloat16]) * float(own.norm())
+        size = max(float(own.norm()), 1e-30)  # the head of a reward model is zero
+        allowed = TOLERANCES.get(states.dtype, TOLERANCES[torch.bfloat16]) * size
         found = [float((one.apply_(plain.clone()) - own).norm()) / allowed for one in scalings]
         apart = [max(pair) for pair in zip(apart, found, strict=True)]
     return [value if math.isfinite(value) else math.inf for value in apart]

@@ -9,13 +9,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lora_cli.models.adapted import AdaptedModel
-from lora_cli.types import IGNORED, Batch, Conversation, Example, Item, Prepared, Progress, Scores, Text
+from lora_cli.models.score_head import ScoreHead
+from lora_cli.targets import Targets
+from lora_cli.types import (
+    IGNORED,
+    Batch,
+    Conversation,
+    Example,
+    Examples,
+    Item,
+    Prepared,
+    Progress,
+    Scores,
+    Text,
+)
 
 Rows = Sequence[tuple[int, Example]]
 """Tokenized rows with their index in the data set."""
@@ -27,9 +40,20 @@ Metrics = dict[str, Tensor]
 """Named sums over a batch's units, 0-d on its device, e.g. how many tokens were predicted right."""
 
 
+class Scorer(Protocol):
+    """A reward model, which is loaded when it first scores."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 of what it was made from."""
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Return the score of each row, the tokens of a prompt with an answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What an objective that samples needs to know of the run."""
+    """What an objective may need to know of the run."""
 
     decode: Callable[[Sequence[int], bool], str]
     """Tokens -> text, with control tokens where the second is true."""
@@ -39,6 +63,15 @@ class Surroundings:
     """Whether Python code that the recipe names may run."""
     sum: Callable[[Sequence[float]], list[float]]
     """Each value summed over all processes."""
+    gather: Callable[[bytes], list[bytes]] = lambda content: [content]
+    """What every process has, by its rank."""
+    rank: int = 0
+    open_scorer: Callable[[str], Scorer] | None = None
+    """The folder of a reward model -> what scores by it.
+
+    Raises:
+        InputError: it is none, or one of another tokenizer.
+    """
 
 
 def batch_tokens(wanted: int | str, model: AdaptedModel, *, at_most: dict[str, int]) -> int:
@@ -74,6 +107,8 @@ class Objective(ABC):
     """Optimizer steps in a row that get the same rows."""
     needs_reference: bool = True
     """Whether it compares with the model that training began with; an objective that does not says so."""
+    has_score_head: ClassVar[bool] = False
+    """Whether it makes a reward model: what is exported has a head of its own in the place of the output head."""
 
     @abstractmethod
     def micro_batches(
@@ -110,6 +145,22 @@ class Objective(ABC):
         del model
         return {}
 
+    def contents(self) -> dict[str, str]:
+        """Return a sha256 of what it reads besides the rows, by key."""
+        return {}
+
+    def take_score_head(self, weight: Tensor) -> None:
+        """Begin with a score head, or score by it: (1, H)."""
+        del weight
+        raise AssertionError(f"{type(self).__name__} has no score head")
+
+    def score_head(self) -> ScoreHead | None:
+        """Return the head that is exported with the model, where it has one."""
+        return None
+
+    def begin_heldout(self, model: AdaptedModel, examples: Examples, *, tokens: int) -> None:  # noqa: B027
+        """Take note of held-out rows that are about to be scored by the model as it is."""
+
     def trial_batches(
         self, model: AdaptedModel, rows: Items, progress: Progress, *, tokens: int
     ) -> list[Batch]:
@@ -123,7 +174,7 @@ class Objective(ABC):
         return self.micro_batches(model, rows, progress, tokens=tokens)
 
     def tokens(self, rows: Items, batches: Sequence[Batch]) -> int:
-        """Return how many tokens a step reads, padding aside."""
+        """Return how many tokens a step's rows have, padding aside; a prompt that two answers share counts twice."""
         del batches
         return sum(row.tokens for _, row in rows)
 
@@ -182,4 +233,5 @@ def pad_rows(rows: Rows, pad_id: int, device: torch.device) -> Batch:
         attention_mask.to(device, non_blocking=True),
         labels.to(device, non_blocking=True),
         tuple(row for row, _ in rows),
+        targets=Targets.of_rows(labels).to(device),
     )

@@ -41,6 +41,7 @@ def heldout_sums(
         return objective.heldout_batches(model, read, Progress(0, 1), tokens=size.tokens)
 
     with model.evaluating():
+        objective.begin_heldout(model, examples, tokens=size.tokens)
         for first in range(0, len(by_length), 256):
             waiting = deque(batches_of(by_length[first : first + 256]))
             while waiting and not stopping():

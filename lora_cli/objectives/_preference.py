@@ -22,7 +22,7 @@ from lora_cli.types import Batch, Pair, Progress, Scores
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Of each pair, (P,): its loss, and the rewards of both answers, without a gradient."""
+    """Of each pair, (P,) float64: its loss, and the rewards of both answers, without a gradient."""
 
     losses: Tensor
     chosen: Tensor
@@ -48,9 +48,9 @@ class PreferenceObjective(Objective):
     def micro_batches(
         self, model: AdaptedModel, rows: Items, progress: Progress, *, tokens: int
     ) -> list[Batch]:
-        """Return the pairs as batches, packed where the model keeps rows apart."""
+        """Return the pairs as batches; where the model keeps rows apart they are packed, each prompt once."""
         del progress
-        return pair_batches(model, rows, tokens=tokens, pad_id=self.pad_id)
+        return pair_batches(model, rows, tokens=tokens, pad_id=self.pad_id, share=True)
 
     def units(self, batch: Batch) -> int:
         """Return the number of pairs."""
@@ -75,7 +75,7 @@ class PreferenceObjective(Objective):
                 "logp_chosen": chosen.sum(),
                 "logp_rejected": rejected.sum(),
             }
-        return judged.losses.sum(), metrics
+        return judged.losses.sum().float(), metrics
 
     def scores(self, means: Mapping[str, float]) -> Scores:
         """Return loss, the part of the pairs that are the right way round, and mean rewards and log-probabilities."""

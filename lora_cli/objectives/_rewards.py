@@ -6,6 +6,7 @@ only where the recipe's `run.allow_code` says so.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import InputError
+from lora_cli.objectives._base import Scorer
 from lora_cli.recipe.rollout_blocks import Reward
 
 _GSM8K = r"####\s*(-?[\d.,]*\d)"
@@ -34,6 +36,8 @@ class Answer:
     reference: str
     tokens: int
     """Of the completion, its terminator counted."""
+    ids: Sequence[int] = ()
+    """All tokens of the prompt and the completion."""
 
 
 RewardFunction = Callable[[Answer], float]
@@ -47,6 +51,8 @@ class Term:
     weight: float
     judge: Callable[[Sequence[Answer]], list[float]]
     """All answers of a rollout at once: what scores by a model does so in batches."""
+    scorer: Scorer | None = None
+    """The reward model that judges."""
 
 
 def exact_match(answer: Answer) -> float:
@@ -114,18 +120,52 @@ def no_repeat(answer: Answer) -> float:
     return len(set(runs)) / len(runs) - 1.0 if runs else 0.0
 
 
-def build(rewards: Sequence[Reward], *, allow_code: bool) -> list[Term]:
-    """Return the terms of the sum; two of one name are told apart by a number.
+def build(
+    rewards: Sequence[Reward], *, allow_code: bool, open_scorer: Callable[[str], Scorer] | None = None
+) -> list[Term]:
+    """Return the terms of the sum; two of one name are told apart by a number. `open_scorer` opens reward models.
 
     Raises:
-        InputError: one is Python code that may not run or has no such function.
+        InputError: one is Python code that may not run or has no such function, or a reward model that does not fit.
     """
+    scorers: dict[str, Scorer] = {}
     terms: list[Term] = []
     for reward in rewards:
         count = sum(one.name == reward.name for one in rewards[: len(terms)])
         name = f"{reward.name}_{count + 1}" if count else reward.name
-        terms.append(Term(name, reward.weight, _one_by_one(_function(reward, allow_code=allow_code))))
+        if reward.run is None:
+            judge = _one_by_one(_function(reward, allow_code=allow_code))
+            terms.append(Term(name, reward.weight, judge))
+            continue
+        assert open_scorer is not None
+        if reward.run not in scorers:
+            scorers[reward.run] = open_scorer(reward.run)
+        terms.append(Term(name, reward.weight, _by_model(scorers[reward.run]), scorers[reward.run]))
     return terms
+
+
+def load(terms: Sequence[Term], ids: Sequence[int]) -> None:
+    """Have each reward model score some tokens: one that cannot be loaded is told before anything is written."""
+    for term in terms:
+        if term.scorer is not None:
+            term.scorer([ids])
+
+
+def contents(terms: Sequence[Term]) -> dict[str, str]:
+    """Return a sha256 of all reward models under the key that names them; nothing where there are none."""
+    found = [term.scorer.fingerprint for term in terms if term.scorer is not None]
+    return {"objective.rewards": hashlib.sha256(" ".join(found).encode()).hexdigest()} if found else {}
+
+
+def require_comparable(terms: Sequence[Term], text: Callable[[], str], tokens: int) -> None:
+    """Refuse a reference, of so many tokens, that a reward cannot compare with.
+
+    Raises:
+        InputError: with what it lacks.
+    """
+    for term in terms:
+        if term.name.split("_")[0] in ("numeric", "json"):
+            term.judge([Answer(text(), "", text(), tokens)])
 
 
 def _function(reward: Reward, *, allow_code: bool) -> RewardFunction:
@@ -154,6 +194,11 @@ def _function(reward: Reward, *, allow_code: bool) -> RewardFunction:
             assert reward.file is not None
             assert reward.function is not None
             return _of_file(Path(reward.file).expanduser(), reward.function, allow_code=allow_code)
+    raise AssertionError(reward.name)
+
+
+def _by_model(scorer: Scorer) -> Callable[[Sequence[Answer]], list[float]]:
+    return lambda answers: scorer([answer.ids for answer in answers])
 
 
 def _one_by_one(function: RewardFunction) -> Callable[[Sequence[Answer]], list[float]]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,7 +74,9 @@ class RolloutObjective(Objective):
             InputError: a reward is Python code that may not run, or cannot be loaded.
         """
         self._around = around
-        self._rewards = _rewards.build(self._wanted_rewards, allow_code=around.allow_code)
+        self._rewards = _rewards.build(
+            self._wanted_rewards, allow_code=around.allow_code, open_scorer=around.open_scorer
+        )
         self.reported = (*self._names(), "completion_tokens", "ended")
 
     def require_rows(self, prepared: Prepared) -> int:
@@ -83,25 +85,23 @@ class RolloutObjective(Objective):
         Raises:
             InputError: a row has no prompt, or an answer that a reward cannot compare with.
         """
+        _rewards.load(self._rewards, prepared.stop_ids)
         longest = 0
         for examples in filter(None, (prepared.train, prepared.eval)):
             for row in range(len(examples)):
                 prompt, reference = split_answer(*examples[row].answers())
                 longest = max(longest, len(prompt))
                 try:
-                    self._check(prompt, reference)
+                    if not len(prompt):
+                        raise InputError("has nothing before its answer to complete (give a prompt)")
+                    _rewards.require_comparable(self._rewards, partial(self._text, reference), len(reference))
                 except InputError as fault:
                     raise InputError(f"{examples.where(row)}: {fault}") from None
         return longest + self.sampling.max_new_tokens
 
-    def _check(self, prompt: np.ndarray, reference: np.ndarray) -> None:
-        if not len(prompt):
-            raise InputError("has nothing before its answer to complete (give a prompt)")
-        comparing = [term for term in self._rewards if term.name.split("_")[0] in ("numeric", "json")]
-        if comparing:
-            text = self._text(reference)
-            for term in comparing:
-                term.judge([_rewards.Answer(text, "", text, len(reference))])
+    def contents(self) -> dict[str, str]:
+        """Return a sha256 of the reward models, where there are any."""
+        return _rewards.contents(self._rewards)
 
     # What the loop asks for.
 
@@ -241,9 +241,11 @@ class RolloutObjective(Objective):
                 tokens=most,
             )
         answers = [
-            _rewards.Answer(self._text(one.answer()), self._text(prompt), self._text(answer), len(one.ids))
+            _rewards.Answer(
+                self._text(one.answer()), self._text(prompt), self._text(answer), len(one.ids), [*prompt, *one.ids]
+            )
             for one, (_, prompt, answer, _) in zip(found, chosen, strict=True)
-        ]
+        ]  # fmt: skip
         columns = [term.judge(answers) for term in self._rewards]
         return Rollout(
             index=-1,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.models.adapted import AdaptedModel
+from lora_cli.models.score_head import zero_head
 from lora_cli.objectives._policy_losses import clipped_surrogate, clipped_value_loss, estimated_advantages
 from lora_cli.objectives._rollout import Rollout, RolloutBatch, score
 from lora_cli.objectives._rollouts import RolloutObjective
@@ -37,10 +38,7 @@ class Ppo(RolloutObjective):
     def trainable(self, model: AdaptedModel) -> Mapping[str, nn.Parameter]:
         """Return the value head's weight and bias; the first call makes them, all zero."""
         if self.head is None:
-            size = model.model.config.get_text_config().hidden_size
-            self.head = nn.Linear(size, 1, device=model.device, dtype=torch.float32)
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+            self.head = zero_head(model.model, bias=True)
         return {f"value_head.{name}": parameter for name, parameter in self.head.named_parameters()}
 
     def fill(self, model: AdaptedModel, rollout: Rollout, tokens: int) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from lora_cli.recipe.rollout_blocks import GrpoObjective, PpoObjective, RlooObjective
-from lora_cli.recipe.section import Section
+from lora_cli.recipe.section import Conflict, Section
 
 Strength = Annotated[float, Field(gt=0.0, le=100.0)]
 Smoothing = Annotated[float, Field(ge=0.0, lt=0.5)]
+Weight = Annotated[float, Field(gt=0.0, le=1000.0)]
 
 
 class SftObjective(Section):
@@ -76,14 +78,55 @@ class CpoObjective(Section):
     """Weight of the chosen answer's mean negative log-likelihood."""
 
 
+class KtoObjective(Section):
+    """Kahneman-Tversky optimization: single answers, each with a label that says whether it is wanted; a pair counts as
+    a wanted and an unwanted one (arXiv 2402.01306)."""
+
+    name: Literal["kto"] = "kto"
+    """Which loss is minimised."""
+    beta: Strength = 0.1
+    """How closely the model stays to the one it began with: the larger, the closer."""
+    desirable_weight: Weight = 1.0
+    """Weight of the loss of wanted answers. Where one kind is rare, the paper keeps this weight times the number of
+    wanted answers at 1 to 4/3 of the same product of the others."""
+    undesirable_weight: Weight = 1.0
+    """Weight of the loss of unwanted answers."""
+
+
+class RewardObjective(Section):
+    """A reward model, learned from pairs of answers: a scalar head in the place of the output head. It scores by
+    itself, and completions of the objectives that sample (`reward_model` among their rewards)."""
+
+    name: Literal["reward"] = "reward"
+    """Which loss is minimised."""
+    use_margin: bool = False
+    """The chosen answer must lead by the row's `margin`, or by `score_chosen` less `score_rejected` (arXiv 2307.09288);
+    then each row must have it."""
+    center_rewards_coefficient: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """Weight of the squared sum of both scores, which holds them near zero (arXiv 2312.09244); 0.01 is usual."""
+
+
 Objective = Annotated[
     SftObjective
     | DpoObjective
     | OrpoObjective
     | SimpoObjective
     | CpoObjective
+    | KtoObjective
+    | RewardObjective
     | GrpoObjective
     | RlooObjective
     | PpoObjective,
     Field(discriminator="name"),
 ]
+
+
+def objective_conflicts(objective: Objective, formats: Sequence[str], batch_size: int) -> Iterator[Conflict]:
+    """Yield what of a run an objective cannot do with."""
+    reads = ("objective.name",)
+    if isinstance(objective, KtoObjective) and batch_size < 2:
+        message = "found 1, but kto compares each prompt with the answer to another one (use at least 2)"
+        yield Conflict("train.batch_size", message, reads)
+    if isinstance(objective, RewardObjective) and "portable" in formats:
+        message = "found portable, which has no place for a reward model's head (use peft or merged)"
+        yield Conflict("export.formats", message, reads)

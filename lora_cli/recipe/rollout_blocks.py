@@ -17,8 +17,14 @@ _KEYS = {
     "json_fields": ("partial",),
     "length": ("limit",),
     "python": ("file", "function"),
+    "reward_model": ("run",),
 }
-_NEEDED = {"regex": ("pattern",), "length": ("limit",), "python": ("file", "function")}
+_NEEDED = {
+    "regex": ("pattern",),
+    "length": ("limit",),
+    "python": ("file", "function"),
+    "reward_model": ("run",),
+}
 
 
 class Reward(Section):
@@ -33,12 +39,13 @@ class Reward(Section):
         "length",
         "no_repeat",
         "python",
+        "reward_model",
     ]
     """exact_match: 1 if the completion is the row's own answer. numeric_answer: 1 if the last number that `pattern`
     finds in it is that of the row's answer. regex: 1 if `pattern` is found in it. json_valid: 1 if it is JSON.
     json_fields: the part of the answer's JSON fields that are right in it. length: 0 up to `limit` tokens, then falling
     to -1 at twice as many. no_repeat: less the part of its runs of three words that were there before. python: what
-    `function` of `file` returns."""
+    `function` of `file` returns. reward_model: the score that the model of `run` gives it."""
     weight: Annotated[float, Field(ge=-1000.0, le=1000.0)] = 1.0
     """What it is multiplied by in the sum."""
     pattern: str | None = None
@@ -53,11 +60,14 @@ class Reward(Section):
     function: str | None = None
     """For python: a function of that file, called with the texts of completion, prompt and reference; it returns a
     number."""
+    run: str | None = None
+    """For reward_model: the folder of a run with the objective reward, or of what it exported. The model must have the
+    tokenizer and the chat template of this run; an adapter's folder without its run, also its base."""
 
     def rules(self, place: str) -> Iterator[Conflict]:
         """Yield every broken rule of the term in the list at `place`."""
         taken = _KEYS.get(self.name, ())
-        for key in ("pattern", "partial", "limit", "file", "function"):
+        for key in ("pattern", "partial", "limit", "file", "function", "run"):
             if getattr(self, key) is not None and key not in taken:
                 yield Conflict(place, f"found {key} in {self.name}, which has none (remove the key)")
             if getattr(self, key) is None and key in _NEEDED.get(self.name, ()):
@@ -87,8 +97,8 @@ class RolloutObjective(Section):
 
     rewards: Annotated[list[Reward], Field(min_length=1)]
     """What a completion is worth: a list of `{name: ..., weight: ...}`, of which the sum is taken. `name` is
-    exact_match, numeric_answer, regex, json_valid, json_fields, length, no_repeat or python; further keys go with some
-    of them: pattern, partial, limit, file, function."""
+    exact_match, numeric_answer, regex, json_valid, json_fields, length, no_repeat, python or reward_model; further keys
+    go with some of them: pattern, partial, limit, file, function, run."""
     sampling: Sampling = Sampling()
     updates_per_rollout: Annotated[int, Field(ge=1, le=1000)] = 1
     """Optimizer steps made on the same completions, each on all of them. From the second on, what a token counts is

@@ -35,6 +35,7 @@ from lora_cli.recipe.lora_block import LoraAdapter as LoraAdapter
 from lora_cli.recipe.lora_block import QloraAdapter as QloraAdapter
 from lora_cli.recipe.objective_blocks import Objective as Objective
 from lora_cli.recipe.objective_blocks import SftObjective as SftObjective
+from lora_cli.recipe.objective_blocks import objective_conflicts
 from lora_cli.recipe.rollout_blocks import Reward
 from lora_cli.recipe.rollout_blocks import RolloutObjective as RolloutObjective
 from lora_cli.recipe.section import Conflict as Conflict
@@ -184,6 +185,7 @@ class Recipe(Section):
     def conflicts(self) -> Iterator[Conflict]:
         """Yield every broken rule that joins keys of two blocks."""
         yield from format_conflicts(self.export_formats(), self.adapter)
+        yield from objective_conflicts(self.objective, self.export_formats(), self.train.batch_size)
         if isinstance(self.adapter, FullAdapter) and self.model.dtype == "float32" != self.adapter.masters:
             message = f"found {self.adapter.masters}, but a float32 weight is its own master (remove the key)"
             yield Conflict("adapter.masters", message, reads=("model.dtype",))
@@ -207,9 +209,7 @@ class Recipe(Section):
                 message = f"found {metric}, but text rows have no answer to compare (use loss)"
                 yield Conflict("evaluate.metrics", message, reads=("data.format",))
             if metric == "exact_match" and not known:
-                message = (
-                    f"found exact_match, but {self.objective.name} learns from pairs of answers (use loss)"
-                )
+                message = f"found exact_match, but {self.objective.name} compares answers (use loss)"
                 yield Conflict("evaluate.metrics", message, reads=("objective.name",))
             elif self.train_on() == "all":
                 message = (

@@ -28,8 +28,9 @@ CONTENTS = (
     "model.base",
     "model.base.tokenizer",
     "adapter.init_from",
+    "objective.rewards",
 )
-"""What is compared by content: keys, and the tokenizer, which has none of its own."""
+"""What is compared by content: keys, of rewards the models that they name, and the tokenizer, which has no key."""
 TOKENS = ("data.train.tokens", "data.eval.tokens")
 """What rows, template, tokenizer and recipe make together; differs alone where another version reads rows otherwise."""
 

@@ -69,11 +69,12 @@ def model_card(summary: dict[str, Any], recipe: Recipe) -> str:
     """Return the card of an adapter or merged model from the run's summary so far; it names no folder of a machine."""
     base = _public(recipe.model.base)
     library = "transformers" if summary["method"] == "full" else "peft"
+    task = "text-classification" if recipe.objective.name == "reward" else "text-generation"
     lines = [
         "---",
         f"base_model: {json.dumps(base)}",
         f"library_name: {library}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {task}",
         "tags: [lora-cli]",
         "---",
         "",

@@ -38,10 +38,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """An answer; its tokens count its terminator, where one ended it."""
+    """An answer, and its tokens, its terminator among them where one ended it."""
 
     text: str
-    tokens: int
+    ids: tuple[int, ...]
 
 
 def asked_rows(settings: Evaluate, examples: Examples) -> list[Asked]:
@@ -116,7 +116,10 @@ class Answering:
             self.log.advance(done, "")
         self.log.stop_progress()
         self.rt.sum_tensors([tokens])
-        return [self._spoken([token - 1 for token in row if token]) for row in tokens.tolist()]
+        return [
+            self._spoken(one, [token - 1 for token in row if token])
+            for one, row in zip(self.asked, tokens.tolist(), strict=True)
+        ]
 
     def write(
         self,
@@ -143,8 +146,13 @@ class Answering:
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _spoken(self, ids: list[int]) -> Spoken:
-        return Spoken(text_of(self.prepared, ids), len(ids) + (len(ids) < self.max_new_tokens))
+    def _spoken(self, one: Asked, ids: list[int]) -> Spoken:
+        """Return an answer; of several terminators it is taken to have ended with that of the row's own."""
+        text = text_of(self.prepared, ids)
+        if len(ids) < self.max_new_tokens:
+            own = int(one.reference[-1])
+            ids = [*ids, own if own in self.prepared.stop_ids else self.prepared.stop_ids[0]]
+        return Spoken(text, tuple(ids))
 
     def _batches(self, indices: list[int]) -> list[list[int]]:
         batches: list[list[int]] = []

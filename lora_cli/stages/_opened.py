@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli import adapters, objectives
@@ -20,11 +20,13 @@ from lora_cli.models.adapted import values_of
 from lora_cli.models.load import DTYPES, base_fingerprint, base_folder, load_model, load_tokenizer
 from lora_cli.models.nf4 import Quantization
 from lora_cli.models.safety import check_tokenizer
+from lora_cli.models.score_head import read_weight
 from lora_cli.models.weight_files import read_json
 from lora_cli.objectives import Objective, Surroundings
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.run_folder import RunFolder
+from lora_cli.stages._scorer import RewardScorer
 from lora_cli.types import Prepared
 
 
@@ -47,11 +49,12 @@ def _model_folder(name: str, revision: str | None, recipe: Recipe, log: Callable
     return folder
 
 
-def objective(recipe: Recipe, prepared: Prepared, rt: Runtime) -> Objective:
+def objective(recipe: Recipe, prepared: Prepared, rt: Runtime, log: Callable[[str], None]) -> Objective:
     """Return the recipe's objective, told of what surrounds it.
 
     Raises:
-        InputError: Python code that it names may not run, or cannot be loaded.
+        InputError: Python code that it names may not run, or cannot be loaded; or a reward model is none, or does not
+            fit.
     """
 
     def decode(ids: Sequence[int], keep_special: bool) -> str:
@@ -59,8 +62,44 @@ def objective(recipe: Recipe, prepared: Prepared, rt: Runtime) -> Objective:
         return text.strip()
 
     found = objectives.build(recipe.objective, pad_id=prepared.pad_id)
-    found.begin(Surroundings(decode, prepared.stop_ids, recipe.run.seed, recipe.run.allow_code, rt.sum))
+    found.begin(
+        Surroundings(
+            decode, prepared.stop_ids, recipe.run.seed, recipe.run.allow_code, rt.sum, rt.gather_bytes, rt.rank,
+            lambda name: RewardScorer(name, recipe, prepared, rt.device, log),
+        )
+    )  # fmt: skip
     return found
+
+
+def require_score_head(folder: Path) -> Tensor:
+    """Return the head of the reward model in a folder, (1, H).
+
+    Raises:
+        InputError: it has none.
+    """
+    found = read_weight(folder)
+    if found is None:
+        raise InputError(
+            f"{folder}: holds no reward model (its score head is missing; was it trained with objective.name: reward?)"
+        )
+    return found
+
+
+def begin_from(start: Start, objective: Objective) -> None:
+    """Have a reward model begin with the head of the one that it starts from, if that is one.
+
+    Raises:
+        InputError: it is one, and the objective makes no reward model.
+    """
+    weight = read_weight(start.folder)
+    if weight is None:
+        return
+    if not objective.has_score_head:
+        raise InputError(
+            f"adapter.init_from: {start.folder} is a reward model, from which only objective.name: reward can start"
+            " (choose another init_from)"
+        )
+    objective.take_score_head(weight)
 
 
 def locate(target: Path, recipe: Recipe, log: Callable[[str], None]) -> tuple[Path | None, Path]:
@@ -122,6 +161,7 @@ def model(
         device=device,
         attention=attention,
         quantization=quantization(recipe),
+        headless=adapter is None,
     )
     if adapter is None:
         return loaded, None

@@ -34,7 +34,9 @@ from lora_cli.recipe.schema import Judge, Recipe, WinRate
 from lora_cli.runtime.dist import Runtime
 from lora_cli.runtime.log import Log
 from lora_cli.stages import _voices
+from lora_cli.stages._generated import Asked as Row
 from lora_cli.stages._generated import Spoken, asked_rows, text_of
+from lora_cli.stages._scorer import RewardScorer
 from lora_cli.types import Prepared, Scores
 
 PLACE = "evaluate.win_rate"
@@ -49,9 +51,9 @@ _REQUESTS = 64
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """Two answers to one prompt."""
+    """Two answers to one prompt; `prompt` and `reference` are texts of `asked`."""
 
-    where: str
+    asked: Row
     prompt: str
     reference: str
     base: Spoken
@@ -88,7 +90,11 @@ class Referee:
         self._terms = []
         with _placed():
             if win_rate.rewards is not None:
-                self._terms = _rewards.build(win_rate.rewards, allow_code=recipe.run.allow_code)
+                self._terms = _rewards.build(
+                    win_rate.rewards,
+                    allow_code=recipe.run.allow_code,
+                    open_scorer=lambda name: RewardScorer(name, recipe, prepared, rt.device, log.line),
+                )
             self._require_references()
         self._key = None
         if win_rate.judge is not None:
@@ -99,12 +105,10 @@ class Referee:
         assert self._prepared.eval is not None
         for row in asked_rows(self._recipe.evaluate, self._prepared.eval) if self._terms else ():
             text = text_of(self._prepared, row.reference)
-            for term in self._terms:
-                if term.name.split("_")[0] in ("numeric", "json"):
-                    try:
-                        term.judge([_rewards.Answer(text, "", text, len(row.reference))])
-                    except InputError as fault:
-                        raise InputError(f"{row.where}: {fault}") from None
+            try:
+                _rewards.require_comparable(self._terms, lambda text=text: text, len(row.reference))
+            except InputError as fault:
+                raise InputError(f"{row.where}: {fault}") from None
 
     def _require_judge(self, judge: Judge) -> str | None:
         """Return the key of an endpoint; see that a local judge has the letters that it is to answer with."""
@@ -169,7 +173,14 @@ class Referee:
 
     def _worth(self, spoken: Sequence[tuple[Contest, Spoken]]) -> list[float]:
         answers = [
-            _rewards.Answer(answer.text, one.prompt, one.reference, answer.tokens) for one, answer in spoken
+            _rewards.Answer(
+                answer.text,
+                one.prompt,
+                one.reference,
+                len(answer.ids),
+                [*one.asked.prompt.tolist(), *answer.ids],
+            )
+            for one, answer in spoken
         ]
         columns = [[term.weight * value for value in term.judge(answers)] for term in self._terms]
         return [math.fsum(values) for values in zip(*columns, strict=True)]
@@ -200,7 +211,7 @@ class Referee:
         orders = ((one.tuned.text, one.base.text), (one.base.text, one.tuned.text))
         forward, backward = (
             Asked(
-                f"{one.where}/win rate {order}",
+                f"{one.asked.where}/win rate {order}",
                 requests.question_turns(one.prompt, first, second, self.win_rate.question),
             )
             for order, (first, second) in enumerate(orders)

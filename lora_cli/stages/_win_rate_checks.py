@@ -7,6 +7,7 @@ from pathlib import Path
 from lora_cli.errors import InputError
 from lora_cli.paths import check_name, expanded, near_matches
 from lora_cli.recipe.schema import Recipe
+from lora_cli.runtime import reward_folder
 
 
 def check_win_rate(recipe: Recipe) -> str | None:
@@ -18,8 +19,10 @@ def check_win_rate(recipe: Recipe) -> str | None:
     win_rate = recipe.evaluate.compares()
     if win_rate is None:
         return None
+    key = "evaluate.win_rate.rewards"
+    place = recipe.at(key)
+    reward_folder.check_rewards(recipe, key, win_rate.rewards or ())
     for reward in win_rate.rewards or ():
-        place = recipe.at("evaluate.win_rate.rewards")
         if reward.file is not None:
             check_name(place, reward.file)
             if not expanded(place, reward.file).is_file():

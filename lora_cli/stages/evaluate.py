@@ -37,10 +37,19 @@ from lora_cli.types import Evaluated, Examples, Prepared, Scores
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 REMEDY = "lower data.max_length or evaluate.max_new_tokens, or set model.quantize: nf4"
 """What makes a pass of one row smaller."""
-COUNTS = ("win_rate_prompts",)
-PERCENTAGES = (
-    "exact_match", "token_accuracy", "preference_accuracy", "ended", "win_rate", "win_rate_low", "win_rate_high"
-)  # fmt: skip
+_COUNTS = ("win_rate_prompts",)
+_PARTS = (
+    "exact_match",
+    "token_accuracy",
+    "preference_accuracy",
+    "label_accuracy",
+    "calibration_error",
+    "ended",
+    "win_rate",
+    "win_rate_low",
+    "win_rate_high",
+)
+"""Scores that are shown in percent."""
 
 
 def run(
@@ -146,7 +155,7 @@ class _Scorer:
         assert self.answering is not None
         rows = zip(self.answering.asked, self.answering.references, base, tuned, strict=True)
         return [
-            Contest(one.where, text_of(self.prepared, one.prompt), reference, theirs, ours)
+            Contest(one, text_of(self.prepared, one.prompt), reference, theirs, ours)
             for one, reference, theirs, ours in rows
         ]
 
@@ -177,6 +186,6 @@ def _table(base: Scores, tuned: Scores) -> Table:
     table.add_column("tuned" if base else "model", justify="right")
     for name in tuned:
         cells = [base[name], tuned[name]] if base else [tuned[name]]
-        form = ",.0f" if name in COUNTS else ".1%" if name in PERCENTAGES else ",.4f"
+        form = ",.0f" if name in _COUNTS else ".1%" if name in _PARTS else ",.4f"
         table.add_row(name, *(format(value, form) for value in cells))
     return table

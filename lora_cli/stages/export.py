@@ -21,14 +21,15 @@ from lora_cli.adapters import Method, _peft, _portable
 from lora_cli.adapters._base import AdapterLinear, replace_module
 from lora_cli.adapters._whole import TrainedModule
 from lora_cli.errors import LoraError
-from lora_cli.models import remote_code
+from lora_cli.models import remote_code, score_head
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
 from lora_cli.models.nf4 import quantized_layers
+from lora_cli.models.score_head import ScoreHead
 from lora_cli.models.tensor_files import disk_errors, require_finite
 from lora_cli.publish import published
 from lora_cli.recipe.schema import Export
-from lora_cli.stages import _lossy, _merge_base, _space
+from lora_cli.stages import _lossy, _merge_base, _reward_model, _space
 from lora_cli.stages._companions import Companions
 from lora_cli.types import Example
 
@@ -45,10 +46,12 @@ def run(
     settings: Export,
     sample: Sequence[Example] = (),
     merge_with: str = "lora-merge TARGET --output DIR",
+    score: ScoreHead | None = None,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write each format to its target folder; return the largest logit difference of each after reading it back.
 
+    With a head `score` it is a sequence classifier that is written, whose scores are compared in the place of logits.
     A method that a format cannot hold is written as one that it can, and how far that is from it is logged and said in
     the model card, as is a note of the method's own. `beside` is what each folder gets besides. On the rows of `sample`
     it is measured what a quantized base is best merged into. Those figures are returned as `merge_base`, those of a
@@ -63,20 +66,20 @@ def run(
         LoraError: what was read back differs from what was meant by more than LIMITS; nothing is published.
     """
     differences: dict[str, Any] = {}
-    base = beside.base
-    require_expressible(targets, model, method)
+    require_expressible(targets, model, method, scores=score is not None)
     for form, target in sorted(targets.items(), key=lambda item: item[0] == "portable"):
         notes: list[str] = []
-        needed = _space.export_bytes([form], settings, base, model, method)
+        needed = _space.export_bytes([form], settings, beside.base, model, method)
         with published(target, facts=dict(beside.facts), needed=needed) as staging:
             if form == "merged":
-                remote_code.settle(staging, runs_code=remote_code.may_run(base))
-                difference, measured = _export_merged(staging, model, base, settings, sample, log)
+                remote_code.settle(staging, runs_code=remote_code.may_run(beside.base))
+                difference, measured = _export_merged(
+                    staging, model, beside.base, settings, sample, score, log
+                )
                 differences |= measured
             else:
                 written, errors = _as_adapter(form, method, settings, merge_with)
-                _peft.write(staging, written, base_name=beside.base_name, revision=beside.revision)
-                difference, from_live = _reload_adapter(staging, model, written)
+                difference, from_live = _export_adapter(staging, model, written, beside, score)
                 notes = [method.note()] if method.note() else []
                 notes += [_new_tokens(model)] if beside.tokenizer is not None else []
                 if errors:
@@ -84,21 +87,29 @@ def run(
                 if form == "portable":
                     rank = written.disk_config()["r"]
                     differences["portable_update"] = _lossy.figures(rank, errors, from_live)
-            _check(form, difference, model.dtype)
+            _check(form, difference, model.dtype, score)
+            if score is not None:
+                notes.append(_reward_model.verify(staging, form, score))
             for note in notes:
                 log(f"export: {note}")
             beside.write(staging, notes)
         differences[form] = difference
-        log(f"export: {target} ({form}; read back, logits differ by at most {difference:.1e})")
+        log(f"export: {target} ({form}; read back, {_compared(score)} differ by at most {difference:.1e})")
     return differences
 
 
-def require_expressible(forms: Collection[str], model: AdaptedModel, method: Method) -> None:
+def require_expressible(
+    forms: Collection[str], model: AdaptedModel, method: Method, *, scores: bool = False
+) -> None:
     """Refuse formats that cannot hold what the injected method trains; no training is needed to know it.
+
+    `scores`: it is a reward model that is to be written.
 
     Raises:
         InputError: with what it is.
     """
+    if scores:
+        _reward_model.require_expressible(forms, model, method)
     if "portable" in forms:
         _portable.require_expressible(method, model.model)
 
@@ -120,24 +131,29 @@ def _export_merged(
     base: Path,
     settings: Export,
     sample: Sequence[Example],
+    score: ScoreHead | None,
     log: Callable[[str], None],
 ) -> tuple[float, dict[str, Any]]:
     """Write the merged model; return its largest logit difference read back, and what a quantized base measured."""
     if not quantized_layers(model.model):
-        return _write_merged(folder, model, settings.max_shard_bytes, log), {}
+        return _write_merged(folder, model, settings.max_shard_bytes, score, log), {}
     chosen, figures = _merge_base.choose(settings, model, base, sample, log)
     with _merge_base.on_dense_base(chosen, model, base) as dense:
-        difference = _write_merged(folder, dense, settings.max_shard_bytes, log)
+        difference = _write_merged(folder, dense, settings.max_shard_bytes, score, log)
     return difference, {"merge_base": {"chosen": chosen, **figures}}
 
 
-def _check(form: str, difference: float, dtype: torch.dtype) -> None:
+def _check(form: str, difference: float, dtype: torch.dtype, score: ScoreHead | None) -> None:
     limit = LIMITS[dtype]
     if not difference <= limit:
         raise LoraError(
-            f"export.{form}: read back, its logits differ from what was written by {difference:.2e}"
+            f"export.{form}: read back, its {_compared(score)} differ from what was written by {difference:.2e}"
             f" (the limit is {limit:g} in {str(dtype).removeprefix('torch.')}; nothing was published)"
         )
+
+
+def _compared(score: ScoreHead | None) -> str:
+    return "logits" if score is None else "scores"
 
 
 def _new_tokens(model: AdaptedModel) -> str:
@@ -151,58 +167,75 @@ def _new_tokens(model: AdaptedModel) -> str:
 
 
 @torch.no_grad()
-def sample_logits(model: PreTrainedModel) -> Tensor:
-    """Return the logits (2, 32, V) float32 of two fixed rows of tokens drawn from the whole vocabulary."""
+def sample_logits(model: PreTrainedModel, score: ScoreHead | None = None) -> Tensor:
+    """Return the logits (2, 32, V) float32 of two fixed rows of tokens drawn from the whole vocabulary.
+
+    With a head it is the score at each token, (2, 32).
+    """
     generator = torch.Generator().manual_seed(0)
     embedding: Any = model.get_input_embeddings()
     ids = torch.randint(embedding.weight.shape[0], (2, 32), generator=generator)
     training = model.training
     model.eval()
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
+    if score is not None:
+        logits = score_head.scores(model, ids, score.weight)
+    else:
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
     model.train(training)
     return logits
 
 
-def _reload_adapter(folder: Path, model: AdaptedModel, written: Method) -> tuple[float, float]:
-    """Read the adapter as a user would, around the same frozen base.
+def _export_adapter(
+    folder: Path, model: AdaptedModel, written: Method, beside: Companions, score: ScoreHead | None
+) -> tuple[float, float]:
+    """Write the adapter, and read it as a user would, around the same frozen base.
 
     Returns the largest logit differences to what was meant to be written, and to the live model.
     """
-    live = sample_logits(model.model)
+    head = None if score is None else score.weight
+    _peft.write(folder, written, base_name=beside.base_name, revision=beside.revision, score=head)
+    live = sample_logits(model.model, score)
     with _unwrapped(model):
         for path, layer in written.placed().items():
             replace_module(model.model, path, layer)
-        meant = sample_logits(model.model)
+        meant = sample_logits(model.model, score)
         for path, layer in written.placed().items():
             replace_module(model.model, path, layer.base)
         reloaded = adapters.load(folder, model.model)
-        read = sample_logits(model.model)
+        read = sample_logits(model.model, score)
         for path, layer in reloaded.placed().items():
             replace_module(model.model, path, layer.base)
     return float((read - meant).abs().max()), float((read - live).abs().max())
 
 
 def _write_merged(
-    folder: Path, model: AdaptedModel, max_shard_bytes: int, log: Callable[[str], None]
+    folder: Path,
+    model: AdaptedModel,
+    max_shard_bytes: int,
+    score: ScoreHead | None,
+    log: Callable[[str], None],
 ) -> float:
     """Write the merged model, read it back, return its largest logit difference to the live merged model."""
-    live = sample_logits(model.model)
+    live = sample_logits(model.model, score)
     shared = _tied(model.model)
     with _merge_base.merged(model):
-        merged = sample_logits(model.model)
+        merged = sample_logits(model.model, score)
         with _unwrapped(model), _plain_generation(model.model):
             if shared and not _tied(model.model):
                 model.model.config.tie_word_embeddings = False
-            require_finite(model.model.state_dict())
+            written = model.model if score is None else score_head.classifier(model.model, score)
+            require_finite(written.state_dict())
             with disk_errors(folder):
-                model.model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+                written.save_pretrained(folder, max_shard_size=max_shard_bytes)
     # Another exact attention rounds differently in bfloat16; it is the weights that are compared here.
     attention = model.model.config._attn_implementation
-    reread = load_model(folder, dtype=model.dtype, device=model.device, attention=attention)
+    reread = load_model(
+        folder, dtype=model.dtype, device=model.device, attention=attention, headless=score is not None
+    )
     if model.layers:
-        rounding = float((merged - live).abs().max())
-        log(f"merge: rounding the update into {model.dtype} moves a logit by at most {rounding:.1e}")
-    return float((sample_logits(reread) - merged).abs().max())
+        what, rounding = "logit" if score is None else "score", float((merged - live).abs().max())
+        log(f"merge: rounding the update into {model.dtype} moves a {what} by at most {rounding:.1e}")
+    return float((sample_logits(reread, score) - merged).abs().max())
 
 
 @contextmanager

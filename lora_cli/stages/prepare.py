@@ -43,8 +43,12 @@ from lora_cli.types import Conversation, Examples, Labelled, Pair, Prepared, Tex
 
 Split = Literal["train", "eval"]
 
-_VIEWS: dict[tuple[type, ...], Callable[[Dataset], Examples]] = {(Pair,): Pairs, (Labelled,): LabelledAnswers}
-"""What an objective gets that learns from one kind of rows only; the others get each row as it is."""
+_VIEWS: dict[tuple[type, ...], Callable[[Dataset], Examples]] = {
+    (Pair,): Pairs,
+    (Labelled,): LabelledAnswers,
+    (Labelled, Pair): LabelledAnswers,
+}
+"""What an objective gets that learns from rows of these kinds; the others get each row as it is."""
 
 
 class Processes(Protocol):
@@ -165,10 +169,10 @@ def _reading(
 
 
 def _wanted(consumes: tuple[type, ...]) -> str:
+    if Labelled in consumes:
+        return "answers with a label, or pairs of a chosen and a rejected one"
     if Pair in consumes:
         return "pairs of a chosen and a rejected answer, or set objective.name: sft"
-    if Labelled in consumes:
-        return "answers with a label"
     return "conversations, prompts with completions, or texts"
 
 
