@@ -1,7 +1,7 @@
 """The folder a run leaves behind: who owns it, what stands in it, and the summary.
 
-recipe.yaml  metrics.jsonl  rollouts.jsonl  generations.jsonl  checkpoints/  adapter/  merged/  portable/
-summary.json
+recipe.yaml  metrics.jsonl  rollouts.jsonl  generations.jsonl  endpoint.jsonl  checkpoints/  adapter/  merged/
+portable/  summary.json
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ OURS = (
     "metrics.jsonl",
     "rollouts.jsonl",
     "generations.jsonl",
+    "endpoint.jsonl",
     CHECKPOINTS,
     *EXPORTS.values(),
     "lora-cli-error.log",

@@ -58,7 +58,7 @@ def _checks(
         lambda: _check_principles(recipe, settings),
         *(one for key, one in there.items() if not any(name.startswith(key) for name in later)),
         *(
-            lambda name=name, voice=voice: _check_voice(recipe, f"constitution.{name}", voice, environment)
+            lambda name=name, voice=voice: check_voice(recipe, f"constitution.{name}", voice, environment)
             for name, voice in used.items()
         ),
         lambda: _check_output(recipe),
@@ -107,9 +107,14 @@ def _check_start(recipe: Recipe) -> None:
             raise InputError(f"{place}: {name}: no such folder{near_matches(Path(name))}")
 
 
-def _check_voice(
-    recipe: Recipe, block: str, settings: Critic | Judge, environment: Mapping[str, str]
+def check_voice(
+    recipe: Recipe, block: str, settings: Critic, environment: Mapping[str, str] = os.environ
 ) -> None:
+    """Check the key of an endpoint and the folder of a local model that the recipe's `block` names.
+
+    Raises:
+        InputError: it is not there, or the folder cannot be used.
+    """
     if settings.kind == "endpoint":
         require_key(settings.key_from, environment, recipe.at(block))
     if settings.folder is not None:
