@@ -47,6 +47,7 @@ class Reward(Objective):
     watched = ("right", "reward_margin", "reward_chosen", "reward_rejected")
     reported = (*watched, *(f"calibration_{number}" for number in range(BINS)))
     has_score_head = True
+    needs_reference = False
 
     def __init__(self, *, pad_id: int, use_margin: bool, center_rewards_coefficient: float) -> None:
         self.pad_id, self.use_margin = pad_id, use_margin

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from lora_cli.recipe.schema import Data, Evaluate, Export, Recipe, Train
 from lora_cli.recipe.section import Section
@@ -28,6 +28,8 @@ BLOCKS = ("data", "train", "evaluate", "export")
 
 class StageKeys(Section):
     """What an entry of a list of objectives may have besides the keys of its objective."""
+
+    model_config = ConfigDict(defer_build=True)  # only its names are needed where a recipe is read
 
     stage: Annotated[str, Field(pattern=f"^{NAME.pattern}$")] | None = None
     """Name of the stage, for its folder and for `stage:NAME/FILE`. null: the objective's name."""

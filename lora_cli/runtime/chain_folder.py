@@ -41,12 +41,12 @@ class ChainFolder:
 
     def is_chain(self) -> bool:
         """Say whether stages were begun here."""
-        if not self.recipe_file.is_file():  # a pipe would be waited for
-            return False
         try:
+            if not self.recipe_file.is_file():  # a pipe would be waited for
+                return False
             with self.recipe_file.open(encoding="utf-8") as file:
                 return file.readline(len(MARK) + 1).rstrip("\n") == MARK
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # a name that no file can have is told by those who read the target
             return False
 
     def check(self, place: str, stages: Sequence[str], *, overwrite: bool) -> None:

@@ -106,7 +106,7 @@ class Referee:
         for row in asked_rows(self._recipe.evaluate, self._prepared.eval) if self._terms else ():
             text = text_of(self._prepared, row.reference)
             try:
-                _rewards.require_comparable(self._terms, lambda text=text: text, len(row.reference))
+                _rewards.require_comparable(self._terms, partial(str, text), len(row.reference))
             except InputError as fault:
                 raise InputError(f"{row.where}: {fault}") from None
 
