@@ -35,7 +35,8 @@ def gradient_step(path: Path, overrides: Sequence[str], rt: Runtime) -> Gradient
     recipe = load_recipe(path, overrides)
     base = base_folder(recipe.model.base, recipe.model.revision)
     tokenizer = opened.tokenizer_for(recipe, base)
-    prepared = prepare.run(recipe.data, recipe.objective.train_on, tokenizer, rt, lambda line: None)
+    kinds = objectives.consumes(recipe.objective)
+    prepared = prepare.run(recipe.data, recipe.train_on(), tokenizer, rt, lambda line: None, consumes=kinds)
     return step_on(recipe, base, prepared, rt)
 
 
@@ -46,9 +47,9 @@ def step_on(recipe: Recipe, base: Path, prepared: Prepared, rt: Runtime) -> Grad
     total = order.planned_steps(plan, len(prepared.train))
     model, method = inject.run(
         base, recipe.model.dtype, recipe.adapter, prepared,
-        start=None, quantization=opened.quantization(recipe), packing=recipe.data.packing, total_steps=total,
-        max_length=recipe.data.max_length, max_generated=0, batch_size=plan.batch_size, seed=recipe.run.seed,
-        resumed=lambda: None, rt=rt, log=lambda line: None,
+        start=None, keeps_start=False, quantization=opened.quantization(recipe), packing=recipe.data.packing,
+        total_steps=total, max_length=recipe.data.max_length, max_generated=0, batch_size=plan.batch_size,
+        seed=recipe.run.seed, resumed=lambda: None, rt=rt, log=lambda line: None,
     )  # fmt: skip
     objective = objectives.build(recipe.objective, pad_id=prepared.pad_id)
     return GradientStep(

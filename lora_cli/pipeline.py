@@ -34,6 +34,7 @@ from lora_cli.stages import _space, export, inject, prepare
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import train as train_stage
 from lora_cli.stages._companions import Companions, name_of_base
+from lora_cli.stages._win_rate import Referee, referee_of
 from lora_cli.types import Prepared
 
 
@@ -50,6 +51,7 @@ class _Job:
     """The base's, with the recipe's new tokens; `prepared` has it with the template."""
     prepared: Prepared
     objective: Objective
+    referee: Referee | None
     facts: dict[str, str]
     """Fingerprints of what it is made of besides the recipe."""
 
@@ -82,7 +84,6 @@ def train(
             log.line(f"{folder.path}: finished already, nothing to do (--overwrite trains it again)")
             check_gates(gates, finished["eval"]["tuned"])
             return finished
-
         total, step = _total_steps(recipe, job), None
         checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=recipe.train.keep_checkpoints)
         if goes_on:
@@ -101,8 +102,9 @@ def train(
             log.line(f"warning: {name}: was changed while the run trained on what it held before")
         with timed(seconds, "evaluate"):
             scores = evaluate_stage.run(
-                recipe.evaluate, model, job.objective, job.prepared, rt=rt, log=log, folder=folder.path
-            )
+                recipe.evaluate, model, job.objective, job.prepared,
+                rt=rt, log=log, folder=folder.path, referee=job.referee,
+            )  # fmt: skip
         trainable = _trainable(job, model, method)
         summary = report.summarize(recipe, trainable, job.facts, job.prepared, trained, scores)
         with timed(seconds, "export"):
@@ -125,7 +127,8 @@ def _open(recipe: Recipe, folder: RunFolder, rt: Runtime, log: Log) -> _Job:
     if start:
         opened.begin_from(start, objective)
     facts = fingerprints(prepared, base, start.fingerprint() if start else None) | objective.contents()
-    return _Job(recipe, folder, base, start, tokenizer, prepared, objective, facts)
+    referee = referee_of(recipe, prepared, folder.path, rt, log)
+    return _Job(recipe, folder, base, start, tokenizer, prepared, objective, referee, facts)
 
 
 def _inject(
@@ -134,7 +137,8 @@ def _inject(
     recipe = job.recipe
     model, method = inject.run(
         job.base, recipe.model.dtype, recipe.adapter, job.prepared,
-        start=job.start, quantization=opened.quantization(recipe), packing=recipe.data.packing,
+        start=job.start, keeps_start=job.objective.needs_reference,
+        quantization=opened.quantization(recipe), packing=recipe.data.packing,
         total_steps=total, max_length=recipe.data.max_length,
         max_generated=max(
             evaluate_stage.plan(recipe.evaluate, job.prepared), job.objective.require_rows(job.prepared)

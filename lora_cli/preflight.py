@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,27 +22,34 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import nearest_key
 from lora_cli.runtime import output_folder, reward_folder
 from lora_cli.runtime.run_folder import RunFolder
+from lora_cli.stages._win_rate_checks import check_win_rate
 
 _A = {"adapter": "an adapter", "model": "a model"}
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def check(
-    recipe: Recipe, *, resume: bool | None = None, overwrite: bool = False, allow: Sequence[str] = ()
-) -> list[str]:
+    recipe: Recipe, *, resume: bool | None = None, overwrite: bool = False, allow: Sequence[str] = (),
+    later: Collection[str] = (),
+) -> list[str]:  # fmt: skip
     """Check a recipe that is to be trained, and return what was checked, a line each; see `pipeline.train`.
+
+    `later` are keys that name what is not made yet.
 
     Raises:
         InputError: with every problem found.
     """
+    held_out_is_there = recipe.data.eval is not None and "data.eval" not in later
+    rows_are_there = not any(key.startswith(("data.train", "data.sources.")) for key in later)
     return _run_all(
-        lambda: _check_data(recipe, "train"),
-        lambda: _check_data(recipe, "eval") if recipe.data.eval is not None else None,
-        lambda: _check_model(recipe),
+        lambda: _check_data(recipe, "train") if rows_are_there else None,
+        lambda: _check_data(recipe, "eval") if held_out_is_there else None,
+        lambda: _check_model(recipe) if "model.base" not in later else None,
         lambda: _check_allowed(allow),
-        lambda: _check_start(recipe, resume=resume),
-        lambda: _check_template(recipe),
-        lambda: reward_folder.check(recipe),
+        lambda: _check_start(recipe, resume=resume) if "adapter.init_from" not in later else None,
+        lambda: _check_template(recipe) if rows_are_there else None,
+        lambda: check_win_rate(recipe),
+        lambda: reward_folder.check(recipe) if "objective.rewards" not in later else None,
         lambda: output_folder.check(recipe, resume=resume, overwrite=overwrite),
     )
 
@@ -69,6 +76,7 @@ def check_evaluation(target: Path, recipe: Recipe) -> list[str]:
     return _run_all(
         lambda: _check_target(target, recipe),
         lambda: _check_template(recipe, target),
+        lambda: check_win_rate(recipe),
         lambda: _check_data(
             recipe, "train" if recipe.data.eval is None and recipe.data.holds_out() else "eval"
         ),
@@ -120,8 +128,7 @@ def kind_of(target: Path) -> Literal["run", "adapter", "model"]:
 
 def _run_all(*checks: Callable[[], str | list[str] | None]) -> list[str]:
     """Run every check; one that fails does not keep the others from being told."""
-    done: list[str] = []
-    problems: list[str] = []
+    done, problems = list[str](), list[str]()
     for one in checks:
         try:
             lines = one() or []

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # a recipe and its first rows are checked without either
     import numpy.typing as npt
     import torch
 
+    from lora_cli.targets import Targets
+
 IGNORED = -100
 """Label of a position that is not trained (torch's `ignore_index`)."""
 
@@ -237,6 +239,9 @@ class Documents:
 
     lengths: tuple[int, ...]
     offsets: torch.Tensor  # (documents + 1,) int32: where each begins, and where the last ends
+    common: tuple[int, ...] = ()
+    """How many first tokens of each are those of the document before it and stand in the sequence once, where `offsets`
+    count them in each (`models/prefixes.py`); (): none of any."""
 
 
 @dataclass(slots=True)
@@ -254,8 +259,9 @@ class Batch:
     labels: torch.Tensor  # (B, T) int64
     rows: tuple[int, ...]
     """Index of each row in the data set, so that a fault can be traced to it."""
-    position_ids: torch.Tensor | None = None  # (1, T) int64, from 0 in each document; None: padded
+    position_ids: torch.Tensor | None = None  # (1, T) int64: places in their documents; None: padded
     documents: Documents | None = None
+    targets: Targets = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ from lora_cli.runtime.order import planned_steps
 from lora_cli.runtime.run_folder import RunFolder
 from lora_cli.runtime.session import started
 from lora_cli.stages import _opened as opened
-from lora_cli.stages import _space, _voices, describe, export, inject, prepare
+from lora_cli.stages import _space, _voices, _win_rate, describe, export, inject, prepare
 from lora_cli.stages import constitution as constitution_stage
 from lora_cli.stages import evaluate as evaluate_stage
 from lora_cli.stages import inspect as inspect_stage
@@ -58,22 +58,32 @@ def evaluate(target: Path, recipe: Recipe, gates: Sequence[Gate] = ()) -> dict[s
         raise InputError("data.eval: no held-out rows to score on (give data.eval=FILE)")
     with started(recipe.run) as (rt, log):
         adapter, base = opened.locate(target, recipe, log.line)
+        if adapter is None and recipe.evaluate.compares() is not None:
+            raise InputError(
+                f"evaluate.metrics: win_rate compares with a base, and {base} is a plain model (leave it out of"
+                " evaluate.metrics)"
+            )
         log.line(f"evaluating {adapter or base}" + (f" on {recipe.model.base}" if adapter else ""))
         tokenizer, _ = opened.tokenizer_of(adapter, base)
         prepared = _held_out(recipe, tokenizer, adapter, rt, log)
         objective = opened.objective(recipe, prepared, rt, log.line)
         if objective.has_score_head:
             objective.take_score_head(opened.require_score_head(adapter or base))
+        referee = _win_rate.referee_of(recipe, prepared, None, rt, log)
         generated = max(evaluate_stage.plan(recipe.evaluate, prepared), objective.require_rows(prepared))
         attention = fastest_attention(rt.device, recipe.data.max_length)
         model, method = opened.model(recipe, adapter, base, rt.device, attention=attention)
         inject.check_rows_fit(model, prepared, max_generated=generated)
+        began = {}
+        if method is not None and objective.needs_reference and RunFolder(target).is_run():
+            began = opened.start_values(recipe, base, model, method)
         packs = inject.settle_packing(model, recipe.data.packing, log.line)
         head = inject.settle_head(model, packs, log.line)
-        adapted = AdaptedModel(model, method.placed() if method else {}, packs=packs, head=head)
+        adapted = AdaptedModel(model, method.placed() if method else {}, began=began, packs=packs, head=head)
         scores = evaluate_stage.run(
-            recipe.evaluate, adapted, objective, prepared, rt=rt, log=log, with_base=adapter is not None
-        )
+            recipe.evaluate, adapted, objective, prepared,
+            rt=rt, log=log, with_base=adapter is not None, referee=referee,
+        )  # fmt: skip
         check_gates(gates, scores.tuned)
         return {"base": scores.base, "tuned": scores.tuned}
 

@@ -96,6 +96,10 @@ class ForkServer:
         assert code is not None
         return code
 
+    def signal(self, number: int) -> None:
+        """Send a signal to the command."""
+        os.kill(self._pid, number)
+
     def run(self, folder: Path, *arguments: str | Path, **how: Any) -> Ended:
         """Run a command line to its end; `how` as `start` has it."""
         self.start(folder, *arguments, **how)
@@ -154,7 +158,7 @@ def warm() -> None:
     """Import what every command needs, and run nothing of it."""
     from transformers import LlamaForCausalLM, LlamaTokenizerFast  # noqa: F401
 
-    import lora_cli.pipeline
+    import lora_cli.chain
     import lora_cli.preflight  # noqa: F401
 
 

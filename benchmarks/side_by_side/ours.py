@@ -23,12 +23,7 @@ class Rows:
     """The documents of all steps, laid so that the run's own order brings those of each step together."""
 
     def __init__(self, steps: Sequence[Sequence[Document]], seed: int) -> None:
-        size = len(steps[0])
-        self.documents: list[Document] = [steps[0][0]] * (size * len(steps))
-        for step, documents in enumerate(steps):
-            places = order.rows_of_step(step, num_rows=len(self.documents), batch_size=size, seed=seed)
-            for place, document in zip(places, documents, strict=True):
-                self.documents[place] = document
+        self.documents: list[Document] = laid_out(steps, seed)
         self.lengths = np.array([len(ids) for ids, _ in self.documents])
         self.max_token = max(int(ids.max()) for ids, _ in self.documents)
         self.fingerprint = "side by side"
@@ -43,6 +38,17 @@ class Rows:
     def where(self, index: int) -> str:
         """Return a row's place in the file."""
         return f"row {index}"
+
+
+def laid_out(steps: Sequence[Sequence[Any]], seed: int) -> list[Any]:
+    """Return the rows of all steps in the order from which a run takes those of each step together."""
+    size = len(steps[0])
+    rows = [steps[0][0]] * (size * len(steps))
+    for step, members in enumerate(steps):
+        places = order.rows_of_step(step, num_rows=len(rows), batch_size=size, seed=seed)
+        for place, member in zip(places, members, strict=True):
+            rows[place] = member
+    return rows
 
 
 def run(job: Job, recorder: Recorder) -> None:

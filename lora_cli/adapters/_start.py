@@ -6,7 +6,8 @@ A key of the layout that the recipe writes besides has to agree. `rank: 8` is co
 and a list of names may mean the same modules, so `targets` and the like are compared by what they come to on the model.
 What is of training alone (dropout, the rate of B, AdaLoRA's schedule, ...) the folder does not decide.
 
-The base stays what it is, and so does the reference model: the adapter's values are the start, not a new base.
+The base stays what it is: the adapter's values are the start, not a new base. What preference and online objectives
+compare with is the base with that adapter (`AdaptedModel.as_it_began`).
 """
 
 from __future__ import annotations

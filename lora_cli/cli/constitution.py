@@ -15,6 +15,9 @@ from lora_cli.cli.exits import new_app, run_folder
 from lora_cli.errors import InputError
 from lora_cli.paths import expanded
 
+PRINCIPLES_FILE = "constitution.yaml"
+"""In the folder of a constitution's rows."""
+
 
 def app() -> typer.Typer:
     """Return the app of `lora constitution`."""
@@ -60,22 +63,33 @@ def report(
         typer.Argument(
             metavar="RUN",
             show_default=False,
-            help="A folder of `lora constitution make`, or a training run with generated answers.",
+            help="A folder of `lora constitution make`, a training run with generated answers, or stages with both.",
         ),
     ],
     constitution: Annotated[
         Path | None,
         typer.Option("--constitution", metavar="FILE", help="Count by the rules of this file instead."),
     ] = None,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            "--before",
+            metavar="RUN",
+            help="Of two training runs: answers of this one's tuned model come first.",
+        ),
+    ] = None,
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Show N answers.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show answers before and after side by side, and count those that break a principle."""
-    if not run.is_dir():
-        raise InputError(f"{run}: no such folder (give a run)")
+    for folder in filter(None, (run, before)):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder (give a run)")
     from lora_cli.constitution.report import report as read_report
 
-    said = read_report(run, constitution, show=show)
+    if before is None:
+        run, before, constitution = _of_stages(run, constitution)
+    said = read_report(run, constitution, show=show, before=before, said=_held_out(run))
     if as_json:
         typer.echo(json.dumps(said, indent=2, ensure_ascii=False))
         return
@@ -83,3 +97,45 @@ def report(
 
     with contextlib.suppress(BrokenPipeError):
         constitution_table.show(said, sys.stdout)
+
+
+def _of_stages(run: Path, constitution: Path | None) -> tuple[Path, Path | None, Path | None]:
+    """Return the run to report, the one that comes first, and the constitution; of a single run itself.
+
+    Of a recipe's stages these are the last that trained the language model, and the last that did before rows were made
+    by the constitution; where there are not both, the rows.
+
+    Raises:
+        InputError: no stage makes rows by principles.
+    """
+    from lora_cli.recipe.chain import load_chain
+    from lora_cli.runtime.chain_folder import ChainFolder
+
+    if not ChainFolder(run).is_chain():
+        return run, None, constitution
+    chain = load_chain(ChainFolder(run).recipe_file)
+    made = next((stage for stage in chain.stages if stage.recipe.constitution is not None), None)
+    if made is None:
+        raise InputError(f"{run}: none of its stages makes rows by principles (give the folder of a stage)")
+    rows = run / made.folder.name
+    earlier = [stage for stage in chain.stages[: made.number - 1] if stage.trains]
+    last = chain.policy()
+    if not earlier or last is None or last.number < made.number:
+        return rows, None, constitution
+    rules = constitution or rows / PRINCIPLES_FILE
+    return run / last.folder.name, run / earlier[-1].folder.name, rules
+
+
+def _held_out(run: Path) -> dict[str, tuple[str, ...]]:
+    """Return what the user says in the held-out rows of a training run; nothing where they cannot be read any more."""
+    from lora_cli.data.prompts import said_by_place
+    from lora_cli.recipe.load import load_recipe
+    from lora_cli.runtime.run_folder import RECIPE_FILE, RunFolder
+
+    if not RunFolder(run).is_run():
+        return {}
+    try:
+        return said_by_place(load_recipe(run / RECIPE_FILE).data)
+    except InputError as fault:
+        typer.echo(f"warning: prompts are searched as the model was shown them: {fault.lines[0]}", err=True)
+        return {}

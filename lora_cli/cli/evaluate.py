@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_cli.cli.arguments import AtLeast, AtMost, Overrides, read_recipe
+from lora_cli.cli.arguments import AtLeast, AtMost, Overrides, read_recipe, run_of
 from lora_cli.cli.exits import run_folder
 from lora_cli.cli.uncollected import uncollected
 from lora_cli.errors import InputError
@@ -84,9 +84,12 @@ def evaluate(
 ) -> None:
     """Score a run, an adapter or a model on the rows of data.eval, beside its base."""
     blocks = ("model", "data", "objective", "evaluate", "run")
+    target = run_of(target)
     recipe, gates = read_target(target, overrides or (), at_least or (), at_most or (), blocks=blocks)
     from lora_cli import preflight
 
+    if preflight.kind_of(target) == "run":
+        _refuse_what_a_run_cannot_ask(recipe)
     preflight.check_evaluation(target, recipe)
     with uncollected():
         from lora_cli import without_training  # imports torch
@@ -98,3 +101,28 @@ def evaluate(
         typer.echo(json.dumps(scores, indent=2))
     # Here, not in the pipeline: the scores are printed even if one misses.
     check_gates(gates, scores["tuned"])
+
+
+def _refuse_what_a_run_cannot_ask(recipe: Recipe) -> None:
+    """Refuse code and connections that the recipe of a run names and the user does not: it may have been handed over.
+
+    Raises:
+        InputError: the recipe names such; an override says that the user does.
+    """
+    problems = []
+    place = recipe.at("run.allow_code")
+    if recipe.run.allow_code and not place.startswith("override "):
+        problems.append(
+            f"{place}: the recipe of a run cannot let code run (add run.allow_code=true, if you have read it, or"
+            " run.allow_code=false)"
+        )
+    win_rate = recipe.evaluate.compares()
+    judge = win_rate.judge if win_rate is not None else None
+    for name, does in (("url", "open a connection"), ("key_from", "choose what is sent")):
+        value, key = getattr(judge, name, None), f"evaluate.win_rate.judge.{name}"
+        if value is not None and not recipe.at(key).startswith("override "):
+            problems.append(
+                f"{recipe.at(key)}: the recipe of a run cannot {does} (add {key}={value}, if you trust it)"
+            )
+    if problems:
+        raise InputError(problems)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lora_cli.cli import inspect_table
-from lora_cli.cli.arguments import Overrides
+from lora_cli.cli.arguments import Overrides, run_of
 from lora_cli.cli.evaluate import Target, read_target
 from lora_cli.cli.uncollected import uncollected
 from lora_cli.errors import InputError
@@ -27,6 +27,7 @@ def inspect(
     """Show where the update of a run, adapter or model went, its spectrum, and whether its ranks fit."""
     if every and as_json:
         raise InputError("--all and --json exclude each other (JSON holds every module)")
+    target = run_of(target)
     recipe, _ = read_target(target, overrides or (), blocks=("model", "run"), beside_base=True)
     from lora_cli import preflight
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.arguments import Overrides
+from lora_cli.cli.arguments import Overrides, run_of
 from lora_cli.cli.evaluate import Target, read_target
 from lora_cli.cli.uncollected import uncollected
 from lora_cli.errors import InputError
@@ -52,6 +52,7 @@ def merge(
     ] = None,
 ) -> None:
     """Write a plain model: the base with the update of a run or adapter in it; with --adapter, a plain LoRA."""
+    target = run_of(target)
     given = list(overrides or ())
     _require_effect(given, adapter, dtype)
     try:

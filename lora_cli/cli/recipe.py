@@ -53,7 +53,9 @@ def _show(
     overrides: Overrides = None,
 ) -> None:
     """Print the recipe with overrides applied and every default written out."""
+    from lora_cli.recipe.chain import dump_chain, load
     from lora_cli.recipe.dump import dump_recipe
-    from lora_cli.recipe.load import load_recipe
+    from lora_cli.recipe.schema import Recipe
 
-    typer.echo(dump_recipe(load_recipe(recipe, overrides or ())), nl=False)
+    found = load(recipe, overrides or ())
+    typer.echo(dump_recipe(found) if isinstance(found, Recipe) else dump_chain(found), nl=False)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_cli.cli.arguments import AtLeast, AtMost, Overrides, read_recipe
+from lora_cli.cli.arguments import AtLeast, AtMost, Overrides, read_chain
 from lora_cli.cli.exits import run_folder
 from lora_cli.cli.uncollected import uncollected
 from lora_cli.errors import InputError
 from lora_cli.paths import expanded
+
+if TYPE_CHECKING:
+    from lora_cli.recipe.chain import Chain
+    from lora_cli.recipe.gates import Gate
 
 Command = Callable[..., None]
 
@@ -48,18 +52,59 @@ def train(
     """Fine-tune a model as the recipe says, evaluate it against the base, and export it."""
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other (give one)")
-    settings, gates = read_recipe(recipe, overrides or (), at_least or (), at_most or ())
+    settings, gates = read_chain(recipe, overrides or (), at_least or (), at_most or ())
+    from lora_cli.recipe.schema import Recipe
+
+    if not isinstance(settings, Recipe):
+        _train_stages(recipe, settings, gates, check, resume, overwrite, allow or ())
+        return
     run_folder.set(expanded(settings.at("run.output"), settings.run.output))
     from lora_cli import preflight  # needs the data readers, which a bad recipe need not wait for
 
     checked = preflight.check(settings, resume=resume, overwrite=overwrite, allow=allow or ())
-    if check:
-        typer.echo("\n".join([f"{recipe}: every key is valid", *checked, "nothing was trained (--check)"]))
+    method, base = settings.adapter.method, settings.model.base
+    if _says(
+        recipe, f"{settings.objective.name} with {method} on {base} -> {settings.run.output}", check, checked
+    ):
         return
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
-        method, base = settings.adapter.method, settings.model.base
-        typer.echo(f"{recipe}: {settings.objective.name} with {method} on {base} -> {settings.run.output}")
     with uncollected():
         from lora_cli import pipeline  # imports torch: seconds, which no fault above should cost
 
     pipeline.train(settings, resume=resume, overwrite=overwrite, gates=gates, allow=allow or ())
+
+
+def _train_stages(
+    path: Path,
+    stages: Chain,
+    gates: Sequence[Gate],
+    check: bool,
+    resume: bool | None,
+    overwrite: bool,
+    allow: Sequence[str],
+) -> None:
+    run_folder.set(expanded(stages.place, stages.run.output))
+    from lora_cli import chain_preflight
+
+    checked = chain_preflight.check(stages, resume=resume, overwrite=overwrite, allow=allow)
+    first = stages.stages[0].recipe
+    names = ", ".join(stage.name for stage in stages.stages)
+    if _says(
+        path,
+        f"{names} with {first.adapter.method} on {first.model.base} -> {stages.run.output}",
+        check,
+        checked,
+    ):
+        return
+    with uncollected():
+        from lora_cli import chain  # imports torch
+
+    chain.train(stages, resume=resume, overwrite=overwrite, gates=gates, allow=allow)
+
+
+def _says(recipe: Path, what: str, check: bool, checked: Sequence[str]) -> bool:
+    """Print what was checked, or what is begun; return whether it ends there."""
+    if check:
+        typer.echo("\n".join([f"{recipe}: every key is valid", *checked, "nothing was trained (--check)"]))
+    elif os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+        typer.echo(f"{recipe}: {what}")
+    return check

@@ -19,10 +19,16 @@ from lora_cli.errors import InputError, ResourceError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.memory import attempt, forget
 from lora_cli.models.sampling import Draw, sample
+from lora_cli.targets import Targets
 from lora_cli.types import IGNORED, Batch, Message
 
 PASS_TOKENS = {"cpu": 8192, "cuda": 65536}
 """Padded tokens of prompts and answers that are drawn together, at most."""
+REMEDY = (
+    "constitution.batch_rows: out of memory: the prompts of a batch do not fit together (lower it, or"
+    " constitution.answer_tokens)"
+)
+"""What is told where rows are made and memory is wanting."""
 
 Ids = npt.NDArray[np.int32]
 
@@ -30,7 +36,8 @@ Ids = npt.NDArray[np.int32]
 class LocalVoice:
     """A model with its tokenizer: `encode` gives the tokens that it is fed for a conversation, `decode` a text.
 
-    `letter_ids` are the tokens that each letter can be, by letter; see `letters`.
+    `letter_ids` are the tokens that each letter can be, by letter; see `letters`. `remedy` is told where there is too
+    little memory.
     """
 
     def __init__(
@@ -43,7 +50,9 @@ class LocalVoice:
         stop_ids: Sequence[int],
         pad_id: int,
         answer_tokens: int,
+        remedy: str = REMEDY,
     ) -> None:
+        self._remedy = remedy
         self.model, self.encode, self.decode = model, encode, decode
         self.stop_ids, self.pad_id, self.answer_tokens = tuple(stop_ids), pad_id, answer_tokens
         self._letter_ids = letter_ids
@@ -55,7 +64,7 @@ class LocalVoice:
         fitting = [prompt for prompt in prompts if prompt is not None]
         if not fitting:
             return [None] * len(asked)
-        with _roomy(self.model), self.model.evaluating():
+        with _roomy(self.model, self._remedy), self.model.evaluating():
             found = self.model.generate(
                 fitting, max_new_tokens=self.answer_tokens, stop_ids=self.stop_ids, pad_id=self.pad_id
             )
@@ -68,7 +77,7 @@ class LocalVoice:
         fitting = [prompt for prompt in prompts if prompt is not None]
         if not fitting:
             return [None] * len(asked)
-        with _roomy(self.model), self.model.evaluating():
+        with _roomy(self.model, self._remedy), self.model.evaluating():
             logits, _ = self.model.trained_logits(self._batch(fitting))  # (B, V)
             log_probabilities = logits.double().log_softmax(dim=-1)
         found = iter([self._verdict(row) for row in log_probabilities])
@@ -120,7 +129,8 @@ class LocalVoice:
             labels[row, len(prompt)] = ids[row, len(prompt)]
         device = self.model.device
         rows = tuple(range(len(prompts)))
-        return Batch(ids.to(device), mask.to(device), labels.to(device), rows)
+        targets = Targets.of_rows(labels).to(device)
+        return Batch(ids.to(device), mask.to(device), labels.to(device), rows, targets=targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +143,7 @@ class Voices:
 
 
 @contextmanager
-def _roomy(model: AdaptedModel) -> Iterator[None]:
+def _roomy(model: AdaptedModel, remedy: str) -> Iterator[None]:
     """Tell a want of memory by the keys that change it; a smaller batch of its own accord would change the rows' bits.
 
     Raises:
@@ -143,13 +153,10 @@ def _roomy(model: AdaptedModel) -> Iterator[None]:
         yield
     if tried.failed:
         forget(model.device)
-        raise ResourceError(
-            "constitution.batch_rows: out of memory: the prompts of a batch do not fit together (lower it, or"
-            " constitution.answer_tokens)"
-        )
+        raise ResourceError(remedy)
 
 
-def letters(tokenizer: Any) -> dict[str, tuple[int, ...]]:
+def letters(tokenizer: Any, place: str = "constitution.judge") -> dict[str, tuple[int, ...]]:
     """Return the tokens that an answer of the letter A, and of B, can begin with: with a space before it or without.
 
     Raises:
@@ -161,7 +168,7 @@ def letters(tokenizer: Any) -> dict[str, tuple[int, ...]]:
         found[letter] = tuple(dict.fromkeys(ids[0] for ids in spelled if len(ids) == 1))
     if not all(found.values()) or set(found["A"]) & set(found["B"]):
         raise InputError(
-            "constitution.judge: the tokenizer has no token for the letter A or B, so that the model cannot judge"
+            f"{place}: the tokenizer has no token for the letter A or B, so that the model cannot judge"
             " (choose another judge)"
         )
     return found

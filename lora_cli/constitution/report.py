@@ -1,12 +1,12 @@
 """What a run of principles changed: answers before and after side by side, and how many of each break a rule.
 
 It is read of `lora constitution make` (response and last revision), and of a training run that generated answers to
-held-out rows (base and tuned, `generations.jsonl`), for which the constitution is named besides.
+held-out rows (base and tuned, or an earlier run's tuned and its own), for which the constitution is named besides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,32 @@ class Change:
     principles: tuple[str, ...] = ()
 
 
-def report(folder: Path, constitution: Path | None, *, show: int) -> dict[str, Any]:
+def report(
+    folder: Path,
+    constitution: Path | None,
+    *,
+    show: int,
+    before: Path | None = None,
+    said: Mapping[str, tuple[str, ...]] | None = None,
+) -> dict[str, Any]:
     """Return counts and the first `show` changed answers of a folder, as plain values.
 
+    Of a training run, `before` is the run whose tuned model's answers stand in place of the base's, and `said` what the
+    user says in held-out rows, by their place: a prompt of another place is searched as the model was shown it.
+
     Raises:
-        InputError: the folder holds neither kind of answers, or no constitution is known.
+        InputError: the folder holds neither kind of answers, no constitution is known, or the two runs have no prompt
+            in common.
     """
     made = (folder / CRITIQUES_FILE).is_file() or (folder / JUDGEMENTS_FILE).is_file()
-    if not made and not (folder / GENERATIONS_FILE).is_file():
-        raise InputError(
-            f"{folder}: holds neither critiques.jsonl, judgements.jsonl nor generations.jsonl (give a run of lora"
-            " constitution make, or one that was trained with evaluate.metrics exact_match)"
-        )
+    for run in filter(None, (None if made else folder, before)):
+        if not (run / GENERATIONS_FILE).is_file():
+            raise InputError(
+                f"{run}: holds neither critiques.jsonl, judgements.jsonl nor generations.jsonl (give a run of lora"
+                " constitution make, or one that was trained with evaluate.metrics exact_match or win_rate)"
+            )
+    if made and before is not None:
+        raise InputError(f"--before: {folder} holds answers before and after itself (leave it out)")
     if constitution is None and not made:
         raise InputError(
             f"{folder}: is a training run, which has no constitution (name one: --constitution FILE)"
@@ -50,9 +64,9 @@ def report(folder: Path, constitution: Path | None, *, show: int) -> dict[str, A
     principles = read_principles(constitution or folder / PRINCIPLES_FILE)
     found: dict[str, Any] = {"folder": str(folder), "titles": ["response", "revision"]}
     if (folder / CRITIQUES_FILE).is_file() or not made:
-        changes = list(_revisions(folder) if made else _generations(folder))
+        changes = list(_revisions(folder) if made else _generations(folder, before, said or {}))
         if not made:
-            found["titles"] = ["base", "tuned"]
+            found["titles"] = ["base", "tuned"] if before is None else [before.name, folder.name]
         found |= _compared(changes, principles, show)
     if (folder / JUDGEMENTS_FILE).is_file():
         found["pairs"] = _judged(folder, principles)
@@ -88,10 +102,23 @@ def _revisions(folder: Path) -> Iterator[Change]:
             )  # fmt: skip
 
 
-def _generations(folder: Path) -> Iterator[Change]:
+def _generations(folder: Path, before: Path | None, said: Mapping[str, tuple[str, ...]]) -> Iterator[Change]:
+    earlier = None
+    if before is not None:
+        earlier = {line["prompt"]: line["tuned"] for line in rows_of(before / GENERATIONS_FILE)}
+    common = False
     for line in rows_of(folder / GENERATIONS_FILE):
-        if line["base"] is not None:
-            yield Change(line["row"], line["prompt"], line["prompt"], line["base"], line["tuned"])
+        first = line["base"] if earlier is None else earlier.get(line["prompt"])
+        if first is None:
+            continue
+        common = True
+        turns = said.get(line["row"], ())
+        # A file that was changed since does not say any more what the model was asked.
+        known = bool(turns) and all(turn.strip() in line["prompt"] for turn in turns)
+        asked = "\n".join(turns) if known else line["prompt"]
+        yield Change(line["row"], asked, asked, first, line["tuned"])
+    if earlier is not None and not common:
+        raise InputError(f"--before: {before} and {folder} have no held-out prompt in common (give another)")
 
 
 def _judged(folder: Path, principles: Principles) -> dict[str, Any]:

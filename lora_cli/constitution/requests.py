@@ -24,11 +24,16 @@ def revision_turns(prompt: Turns, answer: str, critique: str, principle: Princip
 
 
 def judge_turns(prompt: Turns, first: str, second: str, principle: Principle) -> Turns:
-    """Return the question which of two answers is better, to be answered by the letter A or B (section 4.1)."""
+    """Return the question which of two answers is better by a principle (section 4.1)."""
     said = "\n".join(f"{_ROLES[turn.role]}: {turn.content}" for turn in prompt)
+    return question_turns(said, first, second, principle.judge)
+
+
+def question_turns(said: str, first: str, second: str, question: str) -> Turns:
+    """Return a question about two answers to what was said, to be answered by the letter A or B (section 4.1)."""
     text = (
         f"A conversation:\n\n{said}\n\nTwo replies to it.\n\nA: {first}\n\nB: {second}\n\n"
-        f"{principle.judge}\n\nAnswer with one letter, A or B."
+        f"{question}\n\nAnswer with one letter, A or B."
     )
     return (Message("user", text),)
 

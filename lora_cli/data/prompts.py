@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from lora_cli.data.columns import text_of
@@ -43,6 +44,20 @@ def read_prompts(settings: Constitution, data: Data, most: int | None = None) ->
     if not prompts:
         raise InputError(f"{key}: no prompts (name a file with some in constitution.prompts)")
     return prompts
+
+
+def said_by_place(data: Data) -> dict[str, tuple[str, ...]]:
+    """Return what the user says in each row that may be held out, by `file:line`; rows of local files that can be read.
+
+    Raises:
+        InputError: a file is not there.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for origin in origins(data, "eval") or origins(data, "train"):
+        local = tuple(source for source in origin.sources if source.path is not None)
+        for prompt in _of_origin(replace(origin, sources=local, max_rows=None), Faults(origin.key), None):
+            found[prompt.where] = tuple(turn.content for turn in prompt.messages if turn.role == "user")
+    return found
 
 
 def contents(prompts: Sequence[Conversation]) -> str:

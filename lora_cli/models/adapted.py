@@ -8,7 +8,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +19,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lora_cli.models import norms
 from lora_cli.models.output_head import OutputHead
-from lora_cli.types import IGNORED, Batch, Documents
+from lora_cli.models.packing import share_prefixes
+from lora_cli.types import Batch, Documents
+
+State = Literal["live", "base", "began"]
+"""What the model computes as: itself, its base, or what training began with."""
 
 
 class Switchable(Protocol):
@@ -35,6 +41,7 @@ class AdaptedModel:
         layers: Mapping[str, Switchable],
         frozen_copy: Mapping[str, Tensor] | None = None,
         *,
+        began: Mapping[str, Mapping[str, nn.Parameter]] | None = None,
         packs: bool = False,
         head: OutputHead | None = None,
     ) -> None:
@@ -45,8 +52,20 @@ class AdaptedModel:
         self.head = head
         """What makes the losses without all logits; None: they are made of the model's own logits."""
         self._frozen_copy = frozen_copy or {}
-        self._is_reference = False
+        self._began = [
+            _Stored(model.get_submodule(path), name, value)
+            for path, values in (began or {}).items()
+            for name, value in values.items()
+        ]
+        """The values of the adapters that training begins with, where it does not begin as the base (`values_of`)."""
+        self._state: State = "live"
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @cached_property
+    def shares_prompts(self) -> bool:
+        """Whether answers to one prompt may share its tokens in a packed sequence; tried when it is asked first."""
+        with self.evaluating():
+            return self.packs and share_prefixes(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +82,7 @@ class AdaptedModel:
         """Return each trained token's negative log-likelihood (N,) float32, with its gradient.
 
         In evaluation the second is whether the token was the most likely one, (N,) bool; None while training. Tokens
-        come row by row as in `batch.labels[:, 1:]`, so that what a row sums to, a log-probability of an answer, say,
+        come row by row as in `batch.targets`, so that what a row sums to, a log-probability of an answer, say,
         is a sum over its part of them. No logits of more than a few tokens are alive at a time where `head` is known.
         """
         best = not self.model.training
@@ -71,27 +90,20 @@ class AdaptedModel:
             logits, wanted = self.trained_logits(batch)
             losses = nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
             return losses, logits.argmax(dim=-1) == wanted if best else None
-        targets = batch.labels[:, 1:]
-        rows, places = (targets != IGNORED).nonzero(as_tuple=True)
-        hidden = self.head.hidden(**self._arguments(batch))
-        # Index by index: the backward pass of a boolean mask would sort.
-        chosen = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)  # (N, H)
-        return self.head.token_losses(chosen, targets[rows, places], best=best)
+        return self.head.token_losses(self._predicting(batch, self.head), batch.targets.tokens, best=best)
 
     def token_losses_and_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what `token_losses` does first, (N,), and the last hidden state that predicts each token, (N, H)."""
-        targets = batch.labels[:, 1:]
-        rows, places = (targets != IGNORED).nonzero(as_tuple=True)
+        targets = batch.targets
         if self.head is not None:
-            hidden = self.head.hidden(**self._arguments(batch))
-            chosen = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)  # (N, H)
-            return self.head.token_losses(chosen, targets[rows, places], best=False)[0], chosen
+            chosen = self._predicting(batch, self.head)
+            return self.head.token_losses(chosen, targets.tokens, best=False)[0], chosen
         output = self.model(**self._arguments(batch), use_cache=False, output_hidden_states=True)
-        index = rows * output.logits.shape[1] + places
         logits, chosen = (
-            one.flatten(0, 1).index_select(0, index) for one in (output.logits, output.hidden_states[-1])
+            one.flatten(0, 1).index_select(0, targets.predictors)
+            for one in (output.logits, output.hidden_states[-1])
         )
-        return nn.functional.cross_entropy(logits.float(), targets[rows, places], reduction="none"), chosen
+        return nn.functional.cross_entropy(logits.float(), targets.tokens, reduction="none"), chosen
 
     def states_at(self, batch: Batch, places: Tensor) -> Tensor:
         """Return the decoder's last hidden states at places of the batch flattened, (A,) -> (A, H), with gradients."""
@@ -100,17 +112,21 @@ class AdaptedModel:
 
     def trained_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) that predict each trained token, and those tokens (N,)."""
-        targets = batch.labels[:, 1:]
-        trained = targets != IGNORED  # (B, T-1): position t predicts token t+1
-        arguments = self._arguments(batch)
-        columns = trained.any(dim=0).nonzero().squeeze(1)  # positions that predict a trained token in any row
+        targets, arguments = batch.targets, self._arguments(batch)
+        index, length = targets.predictors, batch.input_ids.shape[1]
         if self._keeps_logits:
             # The head is the largest product of small models; it is applied only where some row trains.
+            columns, places = torch.unique(index % length, return_inverse=True)
             arguments["logits_to_keep"] = columns
-        output = self.model(**arguments, use_cache=False)
-        logits = output.logits if self._keeps_logits else output.logits[:, columns]
-        chosen = trained[:, columns]
-        return logits[chosen], targets[:, columns][chosen]
+            index = index // length * len(columns) + places
+        logits: Tensor = self.model(**arguments, use_cache=False).logits
+        return logits.flatten(0, 1).index_select(0, index), targets.tokens
+
+    def _predicting(self, batch: Batch, head: OutputHead) -> Tensor:
+        """Return the last hidden state before each trained token, (N, H)."""
+        hidden = head.hidden(**self._arguments(batch))
+        # Index by index: the backward pass of a boolean mask would sort.
+        return hidden.flatten(0, 1).index_select(0, batch.targets.predictors)
 
     def _arguments(self, batch: Batch) -> dict[str, Tensor | Documents | None]:
         """Return what the model is called with, but for `use_cache`: false, or a document would see the one before."""
@@ -154,7 +170,7 @@ class AdaptedModel:
     @property
     def is_reference(self) -> bool:
         """Whether the model is its own base at the moment."""
-        return self._is_reference
+        return self._state == "base"
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -162,29 +178,18 @@ class AdaptedModel:
 
         One within another changes nothing.
         """
-        if self._is_reference:
+        with self._as("base"):
             yield
-            return
-        self._is_reference = True
-        for layer in self.layers.values():
-            layer.enabled = False
-        self._swap_frozen_copy()
-        try:
-            yield
-        finally:
-            self._swap_frozen_copy()
-            for layer in self.layers.values():
-                layer.enabled = True
-            self._is_reference = False
 
     @contextmanager
     def as_it_began(self) -> Iterator[None]:
-        """Within it the model is its own base, without dropout or gradient, and rounds as the pass beside it does.
+        """Within it the model is what training began with, without dropout or gradient.
 
-        A difference of a rounding in each layer adds up to several nats over an answer.
+        That is the base, or where the run starts from an adapter the base with that one. It rounds as the pass beside
+        it does: a difference of a rounding in each layer adds up to several nats over an answer.
         """
         alike = norms.as_while_training() if self.model.training else nullcontext()
-        with alike, self.evaluating(), self.reference():
+        with alike, self.evaluating(), self._as("began" if self._began else "base"):
             yield
 
     @contextmanager
@@ -198,13 +203,61 @@ class AdaptedModel:
         finally:
             self.model.train(training)
 
+    @contextmanager
+    def _as(self, state: State) -> Iterator[None]:
+        before = self._state
+        self._become(state)
+        try:
+            yield
+        finally:
+            self._become(before)
+
     @torch.no_grad()
-    def _swap_frozen_copy(self) -> None:
-        for name, copy in self._frozen_copy.items():
-            parameter = self.model.get_parameter(name)
-            trained = parameter.detach().clone()
-            parameter.copy_(copy)
-            copy.copy_(trained)
+    def _become(self, state: State) -> None:
+        before, self._state = self._state, state
+        if before == state:
+            return
+        if "base" in (before, state):
+            for layer in self.layers.values():
+                layer.enabled = state != "base"
+            for name, copy in self._frozen_copy.items():
+                parameter = self.model.get_parameter(name)
+                trained = parameter.detach().clone()
+                parameter.copy_(copy)
+                copy.copy_(trained)
+        if "began" in (before, state):
+            for stored in self._began:
+                stored.exchange()
+
+
+@dataclass(slots=True)
+class _Stored:
+    """A parameter that stands in for the one that a module has, and the other way round after `exchange`."""
+
+    module: nn.Module
+    name: str
+    value: nn.Parameter
+
+    def exchange(self) -> None:
+        """Give the module this parameter, and keep its own; none is copied, so that a graph recorded before holds."""
+        self.value, own = self.module.get_parameter(self.name), self.value
+        self.module.register_parameter(self.name, own)
+
+
+def values_of(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Parameter]]:
+    """Return a copy of what is trained of adapter layers, by path and name; modules that share a value share its copy.
+
+    It takes 4 bytes a trained parameter. What of a layer is frozen is not copied: it stays what it is.
+    """
+    copies: dict[int, nn.Parameter] = {}
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for path, module in modules.items():
+        for name, own in module.named_parameters(recurse=False):
+            if own.requires_grad:
+                if id(own) not in copies:
+                    copies[id(own)] = nn.Parameter(own.detach().clone())
+                found.setdefault(path, {})[name] = copies[id(own)]
+    return found
 
 
 def _until(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:

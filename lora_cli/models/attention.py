@@ -23,7 +23,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -35,6 +35,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lora_cli.errors import InputError
 from lora_cli.models import causal_products
+from lora_cli.models.prefixes import unfolding
 from lora_cli.types import Documents
 
 try:
@@ -209,6 +210,18 @@ def _packed(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None, maths: _Maths
 ) -> Tensor:
     """Attend within each document: (1, H, T, D), (1, K, T, D), (1, K, T, E) -> (1, T, H, E)."""
+    lengths, common = documents.lengths, documents.common
+    if _suits_tiles(query, max(lengths), maths):
+        return causal_products.attend(
+            query, key, value, lengths, scale=maths.scale, window=window, common=common
+        )
+    if common:
+        order, places = unfolding(lengths, common, query.device)
+        # By token, as projections return them, and as they are read again.
+        q, k, v = (
+            part.transpose(1, 2).index_select(1, order).transpose(1, 2) for part in (query, key, value)
+        )
+        return _packed(q, k, v, replace(documents, common=()), window, maths).index_select(1, places)
     if (
         query.is_cuda
         and _VARLEN
@@ -216,16 +229,14 @@ def _packed(
         and not maths.dropout
         and _suits_varlen(query, value)
     ):
-        longest = max(documents.lengths)
+        longest = max(lengths)
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
         out: Any = varlen_attn(
             q, k, v, documents.offsets, documents.offsets, longest, longest, scale=maths.scale,
             window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return out[None]
-    if _suits_tiles(query, max(documents.lengths), maths):
-        return causal_products.attend(query, key, value, documents.lengths, scale=maths.scale, window=window)
-    runs = [(length, len(list(equal))) for length, equal in groupby(documents.lengths)]
+    runs = [(length, len(list(equal))) for length, equal in groupby(lengths)]
     # One split and one cat: a slice a document would fill a gradient of the whole sequence each.
     sizes = [length * count for length, count in runs]
     parts = zip(runs, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)

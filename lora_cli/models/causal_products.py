@@ -25,9 +25,12 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lora_cli.models.prefixes import unfold
 
 STEP = 32
 """What lengths are multiples of, as a processor's vectors are: a softmax over rows of other lengths takes longer."""
@@ -74,19 +77,29 @@ class _Plan:
     query_places: Tensor  # (B T H,): where each row of a query went
     key_places: Tensor  # (B T K,)
     padding: Tensor
-    """Places of the queries that are padding."""
+    """Places of the queries that are padding, or that an earlier document has too."""
+    again: Tensor  # (N K,): places of the keys that an earlier document has too, by token and head
+    again_tokens: Tensor  # (N,): which tokens they are
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], *, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None,
+    common: tuple[int, ...] = (),
 ) -> Tensor:
     """Attend within documents of these lengths: (B, H, T, D), (B, K, T, D), (B, K, T, E) -> (B, T, H, E).
 
-    The documents lie one after the other in the rows, and none in two of them. `window` is how many tokens a query
-    sees, its own counted; None: all before it.
+    The documents lie one after the other in the rows, and none in two of them; what they have in `common` with the
+    one before stands there once (`prefixes.py`). `window` is how many tokens a query sees, its own counted; None: all
+    before it.
     """
     recorded = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
-    attended: Tensor = _Products.apply(query, key, value, lengths, scale, window, recorded)
+    attended: Tensor = _Products.apply(query, key, value, lengths, common, scale, window, recorded)
     return attended
 
 
@@ -100,13 +113,14 @@ class _Products(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         lengths: tuple[int, ...],
+        common: tuple[int, ...],
         scale: float,
         window: int | None,
         recorded: bool,
     ) -> Tensor:
         """Compute all tiles, and keep the gathered rows and the probabilities that are worth it."""
         (batch, heads, length), shared = query.shape[:3], key.shape[1]
-        plan = _plan(lengths, heads, shared, window)
+        plan = _plan(lengths, heads, shared, window, common)
         queries = _rows(query).index_select(0, plan.queries)
         keys, values = (_rows(part).index_select(0, plan.keys) for part in (key, value))
         attended = queries.new_empty(len(queries), value.shape[-1])
@@ -148,12 +162,16 @@ class _Products(torch.autograd.Function):
             k_sum.finish()
             v_sum.finish()
 
-        def back(rows: Tensor, places: Tensor, count: int) -> Tensor:
-            return rows.index_select(0, places).view(batch, length, count, -1).transpose(1, 2)
+        def back(rows: Tensor, places: Tensor, again: Tensor | None) -> Tensor:
+            found = rows.index_select(0, places).view(batch * length, -1)
+            if again is not None and len(again):
+                others = rows.index_select(0, again).view(len(plan.again_tokens), -1)
+                found.index_add_(0, plan.again_tokens, others)
+            return found.view(batch, length, -1, rows.shape[-1]).transpose(1, 2)
 
         return (
-            back(d_queries, plan.query_places, heads), back(d_keys, plan.key_places, shared),
-            back(d_values, plan.key_places, shared), None, None, None, None,
+            back(d_queries, plan.query_places, None), back(d_keys, plan.key_places, plan.again),
+            back(d_values, plan.key_places, plan.again), None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -227,30 +245,39 @@ def _tiles(chunk: _Chunk, heads: int, shared: int, *parts: Tensor) -> Iterator[t
 
 
 @functools.lru_cache(maxsize=8)
-def _plan(lengths: tuple[int, ...], heads: int, shared: int, window: int | None) -> _Plan:
+def _plan(
+    lengths: tuple[int, ...], heads: int, shared: int, window: int | None, common: tuple[int, ...] = ()
+) -> _Plan:
     """Return the order of the rows; asked by each layer of a pass, and made once."""
-    starts = np.array([0, *accumulate(lengths)])
-    chunks, queries, keys, real = [], [], [], []
+    starts, tokens = np.array([0, *accumulate(lengths)]), unfold(lengths, common)
+    firsts, number = np.array(common or [0] * len(lengths)), int(tokens.max()) + 1
+    keys: list[npt.NDArray[np.int64]] = []
+    chunks, queries, of_queries, of_keys, again, again_tokens = [], [], [], [], [], []
     for members, length in _chunks(lengths, heads):
         start, last = starts[members, None], np.array([lengths[one] for one in members])[:, None] - 1
-        places = start + np.minimum(np.arange(length), last)  # (n, L)
+        within = np.arange(length)
+        places = tokens[start + np.minimum(within, last)]  # (n, L)
+        own = (within <= last) & (within >= firsts[members, None])
         tiles = tuple(_tiles_of(length, window))
         for tile in tiles:
-            part = places[:, None, tile.first : tile.last]
+            part, real = (one[:, None, tile.first : tile.last] for one in (places, own))
             queries.append((part * heads + np.arange(heads)[:, None]).reshape(-1))
-            within = (np.arange(tile.first, tile.last) <= last)[:, None]
-            real.append(np.broadcast_to(within, (len(members), heads, tile.last - tile.first)).reshape(-1))
+            of_queries.append(np.repeat(real, heads, axis=1).reshape(-1))
+        first = sum(len(one) for one in keys)
         keys.append((places[:, None] * shared + np.arange(shared)[:, None]).reshape(-1))
+        of_keys.append(np.repeat(own[:, None], shared, axis=1).reshape(-1))
+        elsewhere = (within <= last) & ~own
+        by_token = np.arange(first, first + len(keys[-1])).reshape(len(members), shared, length)
+        again.append(by_token.transpose(0, 2, 1)[elsewhere].reshape(-1))
+        again_tokens.append(places[elsewhere])
         chunks.append(_Chunk(len(members), length, tiles))
-    rows, counts = np.concatenate(queries), np.concatenate(real)
-    key_rows = np.concatenate(keys)
-    query_places = np.empty(starts[-1] * heads, np.int64)
-    query_places[rows[counts]] = np.flatnonzero(counts)
-    key_places = np.empty(starts[-1] * shared, np.int64)
-    # Of a row that is there several times the last place would win, and the first is the key itself.
-    key_places[key_rows[::-1]] = np.arange(len(key_rows))[::-1]
-    found = (rows, key_rows, query_places, key_places, np.flatnonzero(~counts))
-    return _Plan(tuple(chunks), *map(torch.from_numpy, found))
+    query_rows, own_queries, key_rows, own_keys = map(np.concatenate, (queries, of_queries, keys, of_keys))
+    query_places, key_places = np.empty(number * heads, np.int64), np.empty(number * shared, np.int64)
+    query_places[query_rows[own_queries]] = np.flatnonzero(own_queries)
+    key_places[key_rows[own_keys]] = np.flatnonzero(own_keys)
+    found = (query_rows, key_rows, query_places, key_places, np.flatnonzero(~own_queries))
+    repeated = map(np.concatenate, (again, again_tokens))
+    return _Plan(tuple(chunks), *map(torch.from_numpy, (*found, *repeated)))
 
 
 def _chunks(lengths: tuple[int, ...], heads: int) -> Iterator[tuple[list[int], int]]:

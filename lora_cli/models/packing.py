@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lora_cli.models import attention
+from lora_cli.models.prefixes import own_lengths
 from lora_cli.types import Documents
 
 LENGTHS = (19, 13)
@@ -29,15 +30,20 @@ Rounding gives less than 1e-6 in float32 and at most 0.02 in bfloat16, over elev
 """
 
 
-def positions(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the position ids of a packed sequence, (1, T) int64: they begin at 0 in each document."""
-    return torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+def positions(lengths: tuple[int, ...], device: torch.device, common: tuple[int, ...] = ()) -> Tensor:
+    """Return the position ids of a packed sequence, (1, T) int64: they begin at 0 in each document.
+
+    Those of a document that has its first tokens in `common` with the one before it go on behind them.
+    """
+    firsts = common or (0,) * len(lengths)
+    parts = [torch.arange(first, length) for first, length in zip(firsts, lengths, strict=True)]
+    return torch.cat(parts)[None].to(device)
 
 
-def documents(lengths: tuple[int, ...], device: torch.device) -> Documents:
-    """Return where documents of these lengths lie in a packed sequence."""
+def documents(lengths: tuple[int, ...], device: torch.device, common: tuple[int, ...] = ()) -> Documents:
+    """Return where documents of these lengths lie in a packed sequence, and what each has in `common`."""
     offsets = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32)
-    return Documents(lengths, offsets.to(device))
+    return Documents(lengths, offsets.to(device), common)
 
 
 @torch.no_grad()
@@ -72,6 +78,34 @@ def _try(model: PreTrainedModel) -> str | None:
     return reason
 
 
+@torch.no_grad()
+def share_prefixes(model: PreTrainedModel) -> bool:
+    """Say whether documents that begin alike may share their beginning, in a model in evaluation that packs.
+
+    Tried as `keep_apart` is. A layer that finds the documents by positions that are 0 would fail.
+    """
+    embedding: Any = model.get_input_embeddings()
+    size, draw = embedding.weight.shape[0], torch.Generator().manual_seed(0)
+    long, prompt = LENGTHS
+    first, one, other = (torch.randint(size, (1, n), generator=draw) for n in (prompt, long - 3, long))
+    lengths = (prompt + long - 3, prompt + long, long)
+    apart = _by_document(model, torch.cat([first, one, first, other, other], 1), lengths)
+    shared = _by_document(model, torch.cat([first, one, other, other], 1), lengths, (0, prompt, 0))
+    leak = max(_distance(shared[0], apart[0]), _distance(shared[1], apart[1][prompt:]))
+    return leak <= _tolerance(model) * _distance(apart[2], apart[1][prompt:])
+
+
+def _by_document(
+    model: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...], common: tuple[int, ...] = ()
+) -> list[Tensor]:
+    """Return the logits (T, V) of each document's own tokens."""
+    places, where = positions(lengths, model.device, common), documents(lengths, model.device, common)
+    (logits,) = _logits(
+        model, ids.to(model.device), attention_mask=None, position_ids=places, documents=where
+    )
+    return list(logits.split(own_lengths(lengths, common)))
+
+
 def _compare(model: PreTrainedModel, ids: Tensor, alone: Tensor, joined: Tensor) -> str | None:
     if model.config.get_text_config()._attn_implementation != attention.NAME:
         return "its attention does not go through transformers' AttentionInterface"
@@ -88,11 +122,15 @@ def _compare(model: PreTrainedModel, ids: Tensor, alone: Tensor, joined: Tensor)
     if attention.lost_windows(windows, getattr(model.config.get_text_config(), "layer_types", None) or ()):
         return "its layers are not told of the windows that its masks have"
     leak, opened = _distance(together, alone), _distance(joined, alone)
-    # Not the model's own `dtype`: an embedding that is trained comes first, with float32 weights.
-    frozen = (weight.dtype for weight in model.parameters() if not weight.requires_grad)
-    if not leak <= TOLERANCES[next(frozen, model.dtype)] * opened:
+    if not leak <= _tolerance(model) * opened:
         return f"the logits of a document change by {leak:.2g} when it is packed, by {opened:.2g} when it is open"
     return None
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    # Not the model's own `dtype`: an embedding that is trained comes first, with float32 weights.
+    frozen = (weight.dtype for weight in model.parameters() if not weight.requires_grad)
+    return TOLERANCES[next(frozen, model.dtype)]
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Tensor:

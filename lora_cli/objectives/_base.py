@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.score_head import ScoreHead
+from lora_cli.targets import Targets
 from lora_cli.types import (
     IGNORED,
     Batch,
@@ -104,6 +105,8 @@ class Objective(ABC):
     """Whether it learns from what it samples."""
     updates_per_rollout: int = 1
     """Optimizer steps in a row that get the same rows."""
+    needs_reference: bool = True
+    """Whether it compares with the model that training began with; an objective that does not says so."""
     has_score_head: ClassVar[bool] = False
     """Whether it makes a reward model: what is exported has a head of its own in the place of the output head."""
 
@@ -171,7 +174,7 @@ class Objective(ABC):
         return self.micro_batches(model, rows, progress, tokens=tokens)
 
     def tokens(self, rows: Items, batches: Sequence[Batch]) -> int:
-        """Return how many tokens a step reads, padding aside."""
+        """Return how many tokens a step's rows have, padding aside; a prompt that two answers share counts twice."""
         del batches
         return sum(row.tokens for _, row in rows)
 
@@ -230,4 +233,5 @@ def pad_rows(rows: Rows, pad_id: int, device: torch.device) -> Batch:
         attention_mask.to(device, non_blocking=True),
         labels.to(device, non_blocking=True),
         tuple(row for row, _ in rows),
+        targets=Targets.of_rows(labels).to(device),
     )

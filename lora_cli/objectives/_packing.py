@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from lora_cli.models.packing import documents, positions
+from lora_cli.models.prefixes import own_lengths, unfold
 from lora_cli.objectives._base import Rows
+from lora_cli.targets import Targets
 from lora_cli.types import IGNORED, Batch
 
 STEP = 64
@@ -62,25 +65,42 @@ def pack_batches(rows: Rows, *, tokens: int, device: torch.device) -> list[Batch
     ]
 
 
-def pack_rows(rows: Rows, tokens: int, device: torch.device) -> Batch:
-    """Return the rows, in their order, as one packed sequence, of a pass of at most `tokens`."""
-    lengths = tuple(len(example.input_ids) for _, example in rows)
-    ids = torch.cat([torch.from_numpy(example.input_ids.astype("int64")) for _, example in rows])
-    trained = torch.cat([torch.from_numpy(example.trained.copy()) for _, example in rows])
-    filler = _filler(len(ids), tokens) if device.type == "cpu" else 0
+def pack_rows(rows: Rows, tokens: int, device: torch.device, common: tuple[int, ...] = ()) -> Batch:
+    """Return the rows, in their order, as one packed sequence, of a pass of at most `tokens`.
+
+    The first `common[i]` tokens of row i, none of them trained, are those of the row before it, and stand in the
+    sequence once; () stands for none in any.
+    """
+    lengths, firsts = tuple(example.tokens for _, example in rows), common or (0,) * len(rows)
+    filler = _filler(sum(own_lengths(lengths, common)), tokens) if device.type == "cpu" else 0
     if filler:
-        lengths = (*lengths, filler)
-        ids, trained = (torch.nn.functional.pad(part, (0, filler)) for part in (ids, trained))
-    places = positions(lengths, ids.device)
-    # The token before a document's first one belongs to another document.
-    labels = torch.where(trained & (places[0] != 0), ids, IGNORED)
+        lengths, common = (*lengths, filler), (*common, 0) if common else ()
+    places, start = unfold(lengths, common), 0
+    ids, labels, wanted, predictors = [], [], [], []
+    for (_, example), first in zip(rows, firsts, strict=True):
+        trained = example.trained.copy()
+        trained[0] = False  # the token before a document's first one belongs to another document
+        assert not trained[:first].any()
+        chosen = np.flatnonzero(trained)
+        ids.append(example.input_ids[first:])
+        labels.append(np.where(trained, example.input_ids, IGNORED)[first:])
+        wanted.append(example.input_ids[chosen])
+        predictors.append(places[start + chosen - 1])
+        start += example.tokens
+    ids.append(np.zeros(filler, np.int32))
+    labels.append(np.full(filler, IGNORED, np.int32))
+    columns = (np.concatenate(one).astype("int64") for one in (ids, labels, wanted, predictors))
+    packed_ids, packed_labels, targets, before = (
+        torch.from_numpy(one).to(device, non_blocking=True) for one in columns
+    )
     return Batch(
-        ids[None].to(device, non_blocking=True),
+        packed_ids[None],
         None,
-        labels[None].to(device, non_blocking=True),
+        packed_labels[None],
         tuple(row for row, _ in rows),
-        places.to(device, non_blocking=True),
-        documents(lengths, device),
+        positions(lengths, device, common),
+        documents(lengths, device, common),
+        targets=Targets(targets, before, tuple(map(len, wanted))),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from lora_cli.types import Batch, Pair, Progress, Scores
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Of each pair, (P,): its loss, and the rewards of both answers, without a gradient."""
+    """Of each pair, (P,) float64: its loss, and the rewards of both answers, without a gradient."""
 
     losses: Tensor
     chosen: Tensor
@@ -37,7 +36,7 @@ class PreferenceObjective(Objective):
     reported = watched = (
         "right", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"
     )  # fmt: skip
-    needs_reference: ClassVar[bool] = False
+    needs_reference = False
 
     def __init__(self, *, pad_id: int) -> None:
         self.pad_id = pad_id
@@ -49,9 +48,9 @@ class PreferenceObjective(Objective):
     def micro_batches(
         self, model: AdaptedModel, rows: Items, progress: Progress, *, tokens: int
     ) -> list[Batch]:
-        """Return the pairs as batches, packed where the model keeps rows apart."""
+        """Return the pairs as batches; where the model keeps rows apart they are packed, each prompt once."""
         del progress
-        return pair_batches(model, rows, tokens=tokens, pad_id=self.pad_id)
+        return pair_batches(model, rows, tokens=tokens, pad_id=self.pad_id, share=True)
 
     def units(self, batch: Batch) -> int:
         """Return the number of pairs."""
@@ -76,7 +75,7 @@ class PreferenceObjective(Objective):
                 "logp_chosen": chosen.sum(),
                 "logp_rejected": rejected.sum(),
             }
-        return judged.losses.sum(), metrics
+        return judged.losses.sum().float(), metrics
 
     def scores(self, means: Mapping[str, float]) -> Scores:
         """Return loss, the part of the pairs that are the right way round, and mean rewards and log-probabilities."""

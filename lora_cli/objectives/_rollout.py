@@ -148,7 +148,7 @@ def _with_columns(batch: Batch, rollout: Rollout, columns: dict[str, list[Tensor
     whose = torch.arange(len(samples)).repeat_interleave(torch.tensor(lengths))
     return RolloutBatch(
         batch.input_ids, batch.attention_mask, batch.labels, tuple(rollout.rows[one] for one in samples),
-        batch.position_ids, batch.documents,
+        batch.position_ids, batch.documents, targets=batch.targets,
         samples=samples, lengths=lengths, ended=tuple(rollout.ended[one] for one in samples),
         whose=whose.to(device),
         columns={

@@ -48,6 +48,7 @@ class RolloutObjective(Objective):
         self.updates_per_rollout = settings.updates_per_rollout
         self.low = settings.clip_low
         self.high = settings.clip_low if settings.clip_high is None else settings.clip_high
+        self.needs_reference = beta > 0
         self._wanted_rewards = settings.rewards
         self._rewards: list[_rewards.Term] = []
         self._around: Surroundings | None = None
@@ -269,7 +270,7 @@ class RolloutObjective(Objective):
         if old:
             score(model, rollout, ("old",), logps, tokens=tokens, pad_id=self.pad_id)
         if self.beta:
-            with model.reference():
+            with model.as_it_began():
                 score(model, rollout, ("reference",), logps, tokens=tokens, pad_id=self.pad_id)
 
     def report_policy(self, logps: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor) -> None:

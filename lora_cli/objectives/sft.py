@@ -10,13 +10,14 @@ from torch import Tensor
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives._base import Items, Metrics, Objective, pad_batches
 from lora_cli.objectives._packing import pack_batches
-from lora_cli.types import IGNORED, Batch, Example, Progress, Scores
+from lora_cli.types import Batch, Example, Progress, Scores
 
 
 class Sft(Objective):
     """Next-token prediction on the tokens that the data marks as trained."""
 
     reported = ("correct",)
+    needs_reference = False
 
     def __init__(self, *, pad_id: int) -> None:
         self.pad_id = pad_id
@@ -34,7 +35,7 @@ class Sft(Objective):
 
     def units(self, batch: Batch) -> int:
         """Return the number of trained tokens that have a prediction: all but a row's first token."""
-        return int((batch.labels[:, 1:] != IGNORED).sum())
+        return sum(batch.targets.counts)
 
     def loss_sum(self, model: AdaptedModel, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the summed negative log-likelihood, and in evaluation how many tokens were the most likely one."""

@@ -22,8 +22,8 @@ class Critic(Section):
     """Who writes the critiques and the revisions."""
 
     kind: Literal["self", "local", "endpoint"] = "self"
-    """self: the model that answers the prompts. local: a model in a folder. endpoint: a server that speaks OpenAI's
-    chat completions."""
+    """self: the model that answers the prompts; of a win rate its base. local: a model in a folder. endpoint: a server
+    that speaks OpenAI's chat completions."""
     folder: str | None = None
     """Model folder of a local one."""
     url: str | None = None
@@ -51,9 +51,9 @@ class Critic(Section):
     votes: Annotated[int, Field(ge=1, le=100)] = 8
     """Answers that are drawn of a judge whose endpoint gives no log-probabilities, for each order of a pair."""
 
-    def rules(self, name: str) -> Iterator[Conflict]:
-        """Yield every broken rule of the block called `name`."""
-        place, reads = f"constitution.{name}", (f"constitution.{name}.kind",)
+    def rules(self, place: str) -> Iterator[Conflict]:
+        """Yield every broken rule of the block at `place`."""
+        reads = (f"{place}.kind",)
         for key, field in type(self).model_fields.items():
             owner = {"kind": self.kind, "folder": "local"}.get(key, "endpoint")
             if owner != self.kind and getattr(self, key) != field.default:
@@ -118,6 +118,6 @@ class Constitution(Section):
             message = "found 0 beside constitution.samples 0: nothing would be made (set one of them)"
             yield Conflict("constitution.rounds", message, reads=("constitution.samples",))
         if self.rounds:
-            yield from self.critic.rules("critic")
+            yield from self.critic.rules("constitution.critic")
         if self.samples:
-            yield from self.judge.rules("judge")
+            yield from self.judge.rules("constitution.judge")

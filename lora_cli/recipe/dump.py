@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import yaml
 
 from lora_cli.recipe.nodes import resolve
@@ -23,7 +25,8 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 
 
 def _list(dumper: yaml.SafeDumper, value: list[object]) -> yaml.SequenceNode:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+    nested = any(isinstance(one, dict) and any(isinstance(v, dict) for v in one.values()) for one in value)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=not nested)
 
 
 _Dumper.add_representer(str, _text)
@@ -32,5 +35,10 @@ _Dumper.add_representer(list, _list)
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML, every default written out, in the order of the schema."""
-    text: str = yaml.dump(recipe.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return dump_values(recipe.resolved())
+
+
+def dump_values(values: dict[str, Any]) -> str:
+    """Return plain values as YAML that the strict reader reads back."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return text

@@ -14,6 +14,7 @@ from lora_cli.recipe.keys import (
     json_schema,
     keys_at,
     options_of,
+    stage_keys,
     variants,
 )
 from lora_cli.recipe.suggest import nearest_key
@@ -30,11 +31,20 @@ def explain(key: str) -> str:
         blocks = [f"{name}: {_summary(block)}" for name, block in schema["properties"].items()]
         return "\n".join([schema["description"], "", *blocks])
     found = keys_at(key)
+    block, _, name = key.rpartition(".")
+    if block == "objective" and name in stage_keys():
+        return _explain_key(Key(key, "in a list", stage_keys()[name], required=False, is_block=False))
     if not found:
         raise InputError(f"{key}: unknown key{nearest_key(key)}")
     parts: list[str] = []
     for entry in found:
         parts.extend(_explain_block(entry) if entry.is_block else [_explain_key(entry)])
+    if key == "objective":
+        besides = ", ".join(stage_keys())
+        parts.append(
+            "Or a list of objectives, run one after the other, each with the keys above and besides: "
+            f"{besides}.\nAn entry `name: constitution` has the keys of the block constitution and makes rows."
+        )
     return "\n\n".join(dict.fromkeys(parts))
 
 

@@ -17,6 +17,8 @@ METRIC_OF_SCORE = {
     "token_accuracy": "loss",
     "exact_match": "exact_match",
     "reward": "loss",
+    "win_rate": "win_rate",
+    "win_rate_low": "win_rate",
 }
 """Score a gate may bound -> entry of `evaluate.metrics` that computes it."""
 

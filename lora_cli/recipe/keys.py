@@ -6,12 +6,14 @@ bounds, literals and defaults have one form each).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.stage import CONSTITUTION, StageKeys
 
 JsonSchema = dict[str, Any]
 
@@ -49,10 +51,42 @@ class Key:
 
 def json_schema() -> JsonSchema:
     """Return the JSON Schema of a recipe, for editors that complete and check YAML."""
+    schema = copy.deepcopy(_schema())
+    defs, objective = schema["$defs"], schema["properties"]["objective"]
+    entries = []
+    for name in [*objective["discriminator"]["mapping"].values(), "Constitution"]:
+        kind = name.rpartition("/")[2]
+        defs[f"{kind}Stage"] = _with_stage_keys(defs[kind])
+        entries.append({"$ref": f"#/$defs/{kind}Stage"})
+    stages = {"type": "array", "minItems": 1, "items": {"anyOf": entries}}
+    schema["properties"]["objective"] = {"anyOf": [objective, stages], "default": objective["default"]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **_schema(),
+        **schema,
         "title": "lora-cli recipe",
+    }
+
+
+@cache
+def stage_keys() -> JsonSchema:
+    """Return the keys that an entry of a list of objectives has besides, by name."""
+    keys: JsonSchema = StageKeys.model_json_schema()["properties"]
+    return keys
+
+
+def _with_stage_keys(block: JsonSchema) -> JsonSchema:
+    """Return the block of an objective, or of a constitution, as an entry of a list of objectives."""
+    properties, required = {**block["properties"]}, block.get("required", [])
+    if "name" not in properties:
+        properties = {"name": {"const": CONSTITUTION, "type": "string"}} | properties
+        required, stages = ["name", *required], {key: stage_keys()[key] for key in ("stage", "data")}
+    else:
+        stages = stage_keys()
+    return {
+        **block,
+        "title": f"{block['title']}Stage",
+        "properties": properties | stages,
+        "required": required,
     }
 
 

@@ -20,8 +20,9 @@ from pydantic import ValidationError
 from lora_cli.errors import InputError
 from lora_cli.recipe import keys, suggest
 from lora_cli.recipe.nodes import MappingNode, Node, ScalarNode, SequenceNode, resolve
+from lora_cli.recipe.overrides import apply_overrides
 from lora_cli.recipe.schema import Conflict, Recipe
-from lora_cli.recipe.yaml_reader import read_file, read_text
+from lora_cli.recipe.yaml_reader import read_file
 from lora_cli.redaction import holds_secret, is_secret_name, redacted
 
 Path_ = tuple[str, ...]
@@ -31,23 +32,46 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe in a file (None: the defaults) with `key.path=value` overrides applied in order.
 
     Raises:
-        InputError: with one line per problem, all of them at once.
+        InputError: with one line per problem, all of them at once; or its objective is a list, see `chain.py`.
     """
     problems: list[str] = []
+    tree = read_tree(path, overrides, problems)
+    place, objective = tree.entries.get("objective", ("", None))
+    if isinstance(objective, SequenceNode):
+        raise InputError(
+            f"{place}: objective: found a list, which lora-train runs one after the other (give a recipe of one"
+            " objective, or the recipe.yaml of one stage's folder)"
+        )
+    recipe = recipe_of(tree, problems)
+    if problems or recipe is None:
+        raise refusal(problems)
+    return recipe
+
+
+def read_tree(path: Path | None, overrides: Sequence[str], problems: list[str]) -> MappingNode:
+    """Return the tree of a recipe file with the overrides in it; what is wrong is added to `problems`.
+
+    Raises:
+        InputError: the file cannot be read at all.
+    """
     tree = MappingNode("recipe") if path is None else read_file(path, problems)
-    keys = [override.partition("=")[0].strip() for override in overrides]
-    problems += [
-        f"override {key}: is given twice (leave one out)" for key in set(keys) if keys.count(key) > 1
-    ]
-    for override in overrides:
-        _override(tree, override, problems)
+    apply_overrides(tree, overrides, problems)
+    return tree
+
+
+def recipe_of(tree: MappingNode, problems: list[str]) -> Recipe | None:
+    """Return the recipe that a tree stands for; what is wrong with it is added to `problems`."""
     draft = _Draft()
     draft.values = draft.plain(tree, ())
     recipe = _validate(draft, problems)
-    if problems or recipe is None:
-        raise InputError(sorted(dict.fromkeys(problems), key=_reading_order))
-    recipe._places.update({".".join(key): place for key, place in draft.places.items()})
+    if recipe is not None:
+        recipe._places.update({".".join(key): place for key, place in draft.places.items()})
     return recipe
+
+
+def refusal(problems: Iterable[str]) -> InputError:
+    """Return the fault of a recipe with these problems, in the order of the file."""
+    return InputError(sorted(dict.fromkeys(problems), key=_reading_order))
 
 
 @dataclass(slots=True)
@@ -92,37 +116,6 @@ class _Draft:
         parent = self.get(path[:-1])
         if isinstance(parent, dict):
             parent.pop(path[-1], None)
-
-
-def _override(tree: MappingNode, override: str, problems: list[str]) -> None:
-    """Write `key.path=value` into the tree, its place being the override itself."""
-    key, equals, text = override.partition("=")
-    written = f"{key}{equals}***" if any(map(is_secret_name, key.split("."))) else redacted(override)
-    place = "override " + (written if len(written) <= 80 else written[:77] + "...")
-    names = key.strip().split(".")
-    if not equals or not all(names):
-        problems.append(f"{place}: found no key and value (write key.path=value)")
-        return
-    try:
-        value = read_text(text, problems, place=place)
-    except InputError as error:
-        problems.extend(error.lines)
-        return
-    block = tree
-    for name in names[:-1]:
-        written, inner = block.entries.get(name, (place, ScalarNode(place, None)))
-        if isinstance(inner, MappingNode):  # copied: an anchor may have put the same block in two places
-            inner = MappingNode(inner.place, dict(inner.entries))
-        elif isinstance(inner, ScalarNode) and inner.value is None:
-            inner = MappingNode(place)
-        else:
-            problems.append(
-                f"{place}: {name} is not a block of keys in the recipe, at {written} (correct it there)"
-            )
-            return
-        block.entries[name] = (written, inner)
-        block = inner
-    block.entries[names[-1]] = (place, value)
 
 
 def _validate(draft: _Draft, problems: list[str]) -> Recipe | None:

@@ -64,18 +64,16 @@ class Reward(Section):
     """For reward_model: the folder of a run with the objective reward, or of what it exported. The model must have the
     tokenizer and the chat template of this run; an adapter's folder without its run, also its base."""
 
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield every broken rule that joins keys of this block."""
+    def rules(self, place: str) -> Iterator[Conflict]:
+        """Yield every broken rule of the term in the list at `place`."""
         taken = _KEYS.get(self.name, ())
         for key in ("pattern", "partial", "limit", "file", "function", "run"):
             if getattr(self, key) is not None and key not in taken:
-                yield Conflict(
-                    "objective.rewards", f"found {key} in {self.name}, which has none (remove the key)"
-                )
+                yield Conflict(place, f"found {key} in {self.name}, which has none (remove the key)")
             if getattr(self, key) is None and key in _NEEDED.get(self.name, ()):
-                yield Conflict("objective.rewards", f"found {self.name} without {key} (add it)")
+                yield Conflict(place, f"found {self.name} without {key} (add it)")
         if self.pattern is not None and (fault := regex_fault(self.pattern)):
-            yield Conflict("objective.rewards", f"found {fault} (correct the pattern)")
+            yield Conflict(place, f"found {fault} (correct the pattern)")
 
 
 class Sampling(Section):
@@ -117,6 +115,8 @@ class RolloutObjective(Section):
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield every broken rule that joins keys of this block."""
+        for reward in self.rewards:
+            yield from reward.rules("objective.rewards")
         if self.clip_low >= 1.0 and self.clip_high is None:
             message = f"found {self.clip_low}, but no ratio is below 0 (use less than 1, or set clip_high)"
             yield Conflict("objective.clip_low", message, reads=("objective.clip_high",))

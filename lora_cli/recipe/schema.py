@@ -10,7 +10,7 @@ An objective is added as one block in `objective_blocks.py`, joined to the union
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
@@ -27,6 +27,8 @@ from lora_cli.recipe.constitution_block import Judge as Judge
 from lora_cli.recipe.data_block import Data as Data
 from lora_cli.recipe.data_block import DataSource as DataSource
 from lora_cli.recipe.data_block import Fields as Fields
+from lora_cli.recipe.evaluate_block import Evaluate as Evaluate
+from lora_cli.recipe.evaluate_block import WinRate as WinRate
 from lora_cli.recipe.export_block import Export as Export
 from lora_cli.recipe.export_block import format_conflicts
 from lora_cli.recipe.lora_block import LoraAdapter as LoraAdapter
@@ -34,6 +36,7 @@ from lora_cli.recipe.lora_block import QloraAdapter as QloraAdapter
 from lora_cli.recipe.objective_blocks import Objective as Objective
 from lora_cli.recipe.objective_blocks import SftObjective as SftObjective
 from lora_cli.recipe.objective_blocks import objective_conflicts
+from lora_cli.recipe.rollout_blocks import Reward
 from lora_cli.recipe.rollout_blocks import RolloutObjective as RolloutObjective
 from lora_cli.recipe.section import Conflict as Conflict
 from lora_cli.recipe.section import Fraction, NonNegativeInt, PositiveInt
@@ -148,21 +151,6 @@ class Train(Section):
                 yield Conflict("train.final_weights", message, reads=("train.eval_every",))
 
 
-class Evaluate(Section):
-    """Scores of the base and of the tuned model on the held-out rows."""
-
-    metrics: Annotated[list[Literal["loss", "exact_match"]], Field(min_length=1)] = Field(default=["loss"])
-    """loss: loss, perplexity and token accuracy. exact_match: generate each row's last answer and compare it with the
-    row's own; not for text rows, which have none."""
-    max_generated_rows: PositiveInt | None = None
-    """Generate for only the first so many held-out rows. null: all."""
-    max_new_tokens: Literal["auto"] | PositiveInt = "auto"
-    """Longest generated answer, in tokens. auto: the longest reference answer, since a longer one cannot match."""
-    batch_tokens: Literal["auto"] | PositiveInt = "auto"
-    """Padded tokens per forward pass (prompt and answer). auto: 8192 on a CPU and 65536 on a GPU, less
-    for a large vocabulary where a model's code allows its losses only from all logits."""
-
-
 class Run(Section):
     """Where the run is kept, and how it is computed."""
 
@@ -206,37 +194,48 @@ class Recipe(Section):
         if not self.data.holds_out() and self.train.eval_every is not None:
             message = f"found {self.train.eval_every}, but there are no held-out rows (set data.eval)"
             yield Conflict("train.eval_every", message, reads=("data.eval",))
-        if "exact_match" in self.evaluate.metrics:
+        yield from self._answer_conflicts()
+
+    def _answer_conflicts(self) -> Iterator[Conflict]:
+        """Yield what keeps the answers from being generated that a metric is of."""
+        known = isinstance(self.objective, SftObjective | RolloutObjective)
+        for metric in ("exact_match", "win_rate"):
+            if metric not in self.evaluate.metrics:
+                continue
             if not self.data.holds_out():
-                message = "found exact_match, but there are no held-out rows (set data.eval)"
+                message = f"found {metric}, but there are no held-out rows (set data.eval)"
                 yield Conflict("evaluate.metrics", message, reads=("data.eval",))
             if self.data.format == "text":
-                message = "found exact_match, but text rows have no answer to compare (use loss)"
+                message = f"found {metric}, but text rows have no answer to compare (use loss)"
                 yield Conflict("evaluate.metrics", message, reads=("data.format",))
-            if not isinstance(self.objective, SftObjective | RolloutObjective):
+            if metric == "exact_match" and not known:
                 message = f"found exact_match, but {self.objective.name} compares answers (use loss)"
                 yield Conflict("evaluate.metrics", message, reads=("objective.name",))
-            elif self.objective.train_on == "all":
+            elif self.train_on() == "all":
                 message = (
-                    "found exact_match, which needs to know the answers (set objective.train_on: assistant)"
+                    f"found {metric}, which needs to know the answers (set objective.train_on: assistant)"
                 )
                 yield Conflict("evaluate.metrics", message, reads=("objective.train_on",))
 
     def _rollout_conflicts(self) -> Iterator[Conflict]:
+        won = self.evaluate.win_rate
+        yield from self._code_conflicts("evaluate.win_rate.rewards", (won and won.rewards) or ())
         if not isinstance(self.objective, RolloutObjective):
             return
-        if not self.run.allow_code and (
-            code := [one for one in self.objective.rewards if one.name == "python"]
-        ):
-            message = (
-                f"found {code[0].file}, Python code that would run (read it, then set run.allow_code: true)"
-            )
-            yield Conflict("objective.rewards", message, reads=("run.allow_code",))
+        yield from self._code_conflicts("objective.rewards", self.objective.rewards)
         if self.data.format == "text":
             message = (
                 "found text, but a text has no prompt to complete (use another format, or the objective sft)"
             )
             yield Conflict("data.format", message, reads=("objective.name",))
+
+    def _code_conflicts(self, key: str, rewards: Sequence[Reward]) -> Iterator[Conflict]:
+        code = [one for one in rewards if one.name == "python"]
+        if code and not self.run.allow_code:
+            message = (
+                f"found {code[0].file}, Python code that would run (read it, then set run.allow_code: true)"
+            )
+            yield Conflict(key, message, reads=("run.allow_code",))
 
     def _quantization_conflicts(self) -> Iterator[Conflict]:
         form, reads = self.model.quantize, ("adapter.method",)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,20 @@ class ConstitutionFolder:
             write_text(self.path / RECIPE_FILE, f"{MARK}\n{recipe}")
             write_text(self.path / PRINCIPLES_FILE, principles)
             write_json(self.path / FACTS_FILE, facts)
+
+    def clear(self) -> None:
+        """Remove all that was written, and the folder where nothing else is in it.
+
+        Raises:
+            InputError: another process writes it.
+            ResourceError: it cannot be removed.
+        """
+        with self.lock:
+            self.lock.take()
+            for name in OURS:
+                remove(self.path / name)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def finished(self) -> dict[str, Any] | None:
         """Return the summary of what was finished here; None where it was not."""

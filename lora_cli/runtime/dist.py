@@ -8,21 +8,27 @@ Signals are handled in `interrupts.py`; here the processes agree on whether one 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from lora_cli import interrupts
 from lora_cli.errors import InputError, LoraError, Stopped
 
 _EXACT_WORKSPACES = (":4096:8", ":16:8")
 """Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats its bits."""
+_PATIENCE = timedelta(minutes=60)
+_groups = itertools.count()
+"""Numbers of the process groups that a command has one after the other, the same in all of its processes."""
 
 
 @dataclass
@@ -122,7 +128,11 @@ def start(device: str, *, deterministic: bool = False) -> Iterator[Runtime]:
             chosen = _device(device)
             if world_size > 1:
                 backend = "nccl" if chosen.type == "cuda" else "gloo"
-                torch.distributed.init_process_group(backend, timeout=timedelta(minutes=60))
+                # A prefix of its own: of an earlier group in these processes the store still has the addresses.
+                store = torch.distributed.PrefixStore(f"group {next(_groups)}", _store())
+                torch.distributed.init_process_group(
+                    backend, store=store, rank=rank, world_size=world_size, timeout=_PATIENCE
+                )
             try:
                 yield Runtime(chosen, rank, world_size)
             except LoraError:
@@ -136,6 +146,14 @@ def start(device: str, *, deterministic: bool = False) -> Iterator[Runtime]:
                     torch.distributed.destroy_process_group()
     except interrupts.Interrupted as stop:
         raise Stopped(str(stop), stop.number) from None
+
+
+@cache
+def _store() -> torch.distributed.Store:
+    """Return where the processes that torchrun started find each other."""
+    store: torch.distributed.Store
+    store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
+    return store
 
 
 def _device(wanted: str) -> torch.device:

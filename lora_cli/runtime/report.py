@@ -13,10 +13,13 @@ import torch
 from lora_cli.models.memory import peak_memory
 from lora_cli.recipe.data_block import CHOICES
 from lora_cli.recipe.dump import dump_recipe
-from lora_cli.recipe.schema import Recipe, RolloutObjective, Section
+from lora_cli.recipe.schema import Recipe, Section
 from lora_cli.redaction import redacted
 from lora_cli.runtime.fingerprints import versions
 from lora_cli.types import Evaluated, Prepared, Trained
+
+_NAMING_PATHS = ("file", "folder", "prompts", "run")
+"""Keys of rewards, judges and constitutions that hold a path."""
 
 
 def summarize(
@@ -115,19 +118,28 @@ def _public_recipe(recipe: Recipe) -> str:
     start = recipe.init_from()
     adapter = recipe.adapter.model_copy(update={"init_from": _public(start)} if start else {})
     run = recipe.run.model_copy(update={"output": Path(recipe.run.output).name})
-    blocks: dict[str, Section] = {"data": data, "model": model, "adapter": adapter, "run": run}
-    if isinstance(recipe.objective, RolloutObjective):
-        blocks["objective"] = _public_rewards(recipe.objective)
-    return dump_recipe(recipe.model_copy(update=blocks))
+    named = {
+        name: _public_section(block)
+        for name in ("objective", "evaluate", "constitution")
+        if (block := getattr(recipe, name)) is not None
+    }
+    return dump_recipe(
+        recipe.model_copy(update={"data": data, "model": model, "adapter": adapter, "run": run, **named})
+    )
 
 
-def _public_rewards(objective: RolloutObjective) -> RolloutObjective:
-    rewards = []
-    for reward in objective.rewards:
-        named = {key: value for key in ("file", "run") if (value := getattr(reward, key)) is not None}
-        cut = {key: _public(value) for key, value in named.items()}
-        rewards.append(reward.model_copy(update=cut))
-    return objective.model_copy(update={"rewards": rewards})
+def _public_section(section: Section) -> Section:
+    """Return a block with the files and folders that it names cut to their last part."""
+    changes: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            changes[name] = _public_section(value)
+        elif name in _NAMING_PATHS:
+            changes[name] = _public_names(value)
+        elif isinstance(value, list):
+            changes[name] = [_public_section(one) if isinstance(one, Section) else one for one in value]
+    return section.model_copy(update=changes)
 
 
 def _public_names(names: str | list[str] | None) -> str | list[str] | None:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from lora_cli.errors import InputError
 from lora_cli.paths import check_name, expanded, near_matches
+from lora_cli.recipe.rollout_blocks import Reward
 from lora_cli.recipe.schema import Recipe, RolloutObjective
 from lora_cli.runtime.run_folder import RunFolder
 
 
 def check(recipe: Recipe) -> list[str]:
-    """Check every one, and return a line for each.
+    """Check every one of the objective's, and return a line for each; see `check_rewards`."""
+    objective = recipe.objective
+    rewards = objective.rewards if isinstance(objective, RolloutObjective) else ()
+    return check_rewards(recipe, "objective.rewards", rewards)
+
+
+def check_rewards(recipe: Recipe, key: str, rewards: Iterable[Reward]) -> list[str]:
+    """Check those that the list at `key` names, and return a line for each.
 
     Raises:
         InputError: one is no folder, is what the run writes, or holds neither a run's export, an adapter nor a model.
     """
-    objective, place = recipe.objective, recipe.at("objective.rewards")
+    place = recipe.at(key)
     found = []
-    for reward in objective.rewards if isinstance(objective, RolloutObjective) else ():
+    for reward in rewards:
         if reward.run is None:
             continue
         check_name(place, reward.run)
@@ -35,5 +44,5 @@ def check(recipe: Recipe) -> list[str]:
             raise InputError(
                 f"{place}: {reward.run}: is neither a run, an adapter nor a model (give a run of the objective reward)"
             )
-        found.append(f"objective.rewards: {reward.run}: a reward model")
+        found.append(f"{key}: {reward.run}: a reward model")
     return found

@@ -1,13 +1,14 @@
 """The folder a run leaves behind: who owns it, what stands in it, and the summary.
 
-recipe.yaml  metrics.jsonl  rollouts.jsonl  generations.jsonl  checkpoints/  adapter/  merged/  portable/
-summary.json
+recipe.yaml  metrics.jsonl  rollouts.jsonl  generations.jsonl  endpoint.jsonl  checkpoints/  adapter/  merged/
+portable/  summary.json
 """
 
 from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ OURS = (
     "metrics.jsonl",
     "rollouts.jsonl",
     "generations.jsonl",
+    "endpoint.jsonl",
     CHECKPOINTS,
     *EXPORTS.values(),
     "lora-cli-error.log",
@@ -139,6 +141,19 @@ class RunFolder:
         if fresh:
             return [SUMMARY_FILE, *(name for name in OURS if name not in (SUMMARY_FILE, RECIPE_FILE))]
         return [SUMMARY_FILE, "generations.jsonl", *EXPORTS.values()]
+
+    def clear(self) -> None:
+        """Remove all that a run wrote, and the folder where nothing else is in it.
+
+        Raises:
+            InputError: another process writes it, or an export in it is not ours.
+            ResourceError: it cannot be removed.
+        """
+        with self.lock:
+            self.lock.take()
+            self._remove([*self.given_up(fresh=True), RECIPE_FILE])
+        with suppress(OSError):
+            self.path.rmdir()
 
     def adapter(self) -> Path:
         """Return where a PEFT adapter is kept in a folder: in `adapter/` of a run, else in the folder itself."""

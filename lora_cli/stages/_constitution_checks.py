@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from lora_cli.constitution.endpoint import require_key
@@ -18,8 +18,12 @@ from lora_cli.runtime.constitution_folder import ConstitutionFolder
 from lora_cli.runtime.output_folder import check_outside_base
 
 
-def check(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
+def check(
+    recipe: Recipe, environment: Mapping[str, str] = os.environ, *, later: Collection[str] = ()
+) -> None:
     """Check principles, prompts, models, the keys of endpoints, and the folder that is written to.
+
+    `later` are keys of the recipe that name what is not made yet.
 
     Raises:
         InputError: with every problem found.
@@ -27,7 +31,7 @@ def check(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
     settings = recipe.constitution
     assert settings is not None
     problems: list[str] = []
-    for one in _checks(recipe, settings, environment):
+    for one in _checks(recipe, settings, environment, later):
         try:
             one()
         except InputError as error:
@@ -37,20 +41,24 @@ def check(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _checks(
-    recipe: Recipe, settings: Constitution, environment: Mapping[str, str]
+    recipe: Recipe, settings: Constitution, environment: Mapping[str, str], later: Collection[str]
 ) -> list[Callable[[], object]]:
     used: dict[str, Critic | Judge] = {}
     if settings.rounds:
         used["critic"] = settings.critic
     if settings.samples:
         used["judge"] = settings.judge
+    prompts = "constitution.prompts" if settings.prompts is not None else "data."
+    there = {
+        prompts: lambda: _check_prompts(recipe, settings),
+        "model.base": lambda: _check_model(recipe),
+        "adapter.init_from": lambda: _check_start(recipe),
+    }
     return [
         lambda: _check_principles(recipe, settings),
-        lambda: _check_prompts(recipe, settings),
-        lambda: _check_model(recipe),
-        lambda: _check_start(recipe),
+        *(one for key, one in there.items() if not any(name.startswith(key) for name in later)),
         *(
-            lambda name=name, voice=voice: _check_voice(recipe, f"constitution.{name}", voice, environment)
+            lambda name=name, voice=voice: check_voice(recipe, f"constitution.{name}", voice, environment)
             for name, voice in used.items()
         ),
         lambda: _check_output(recipe),
@@ -99,9 +107,14 @@ def _check_start(recipe: Recipe) -> None:
             raise InputError(f"{place}: {name}: no such folder{near_matches(Path(name))}")
 
 
-def _check_voice(
-    recipe: Recipe, block: str, settings: Critic | Judge, environment: Mapping[str, str]
+def check_voice(
+    recipe: Recipe, block: str, settings: Critic, environment: Mapping[str, str] = os.environ
 ) -> None:
+    """Check the key of an endpoint and the folder of a local model that the recipe's `block` names.
+
+    Raises:
+        InputError: it is not there, or the folder cannot be used.
+    """
     if settings.kind == "endpoint":
         require_key(settings.key_from, environment, recipe.at(block))
     if settings.folder is not None:

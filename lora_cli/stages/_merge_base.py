@@ -26,6 +26,7 @@ from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.load import load_model
 from lora_cli.models.nf4 import quantized_layers
 from lora_cli.recipe.schema import Export
+from lora_cli.targets import Targets
 from lora_cli.types import IGNORED, Batch, Example
 
 TOKENS = 256
@@ -147,7 +148,7 @@ def _batches(rows: Sequence[Example], model: AdaptedModel) -> list[Batch]:
             left -= int(trained.sum())
             labels = torch.where(trained, ids, IGNORED)
             one = [part[None].to(model.device) for part in (ids, torch.ones_like(ids), labels)]
-            batches.append(Batch(one[0], one[1], one[2], rows=(index,)))
+            batches.append(Batch(one[0], one[1], one[2], (index,), targets=Targets.of_rows(one[2])))
     return batches
 
 

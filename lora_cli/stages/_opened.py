@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli import adapters, objectives
 from lora_cli.adapters import Method, Start, _peft
+from lora_cli.adapters._base import replace_module
 from lora_cli.data.chosen_tokens import add_tokens, token_ids
 from lora_cli.errors import InputError
 from lora_cli.manifest import MANIFEST, verify
+from lora_cli.models.adapted import values_of
 from lora_cli.models.load import DTYPES, base_fingerprint, base_folder, load_model, load_tokenizer
 from lora_cli.models.nf4 import Quantization
 from lora_cli.models.safety import check_tokenizer
@@ -165,6 +167,30 @@ def model(
         return loaded, None
     _require_base_of(adapter, base)
     return loaded, adapters.load(adapter, loaded)
+
+
+def start_values(
+    recipe: Recipe, base: Path, model: PreTrainedModel, method: Method
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Return the values that a run's training began with, by path and name; none where it began as its base.
+
+    `method` is placed in the model with what the run has become. AdaLoRA's layers had other ranks when it began.
+
+    Raises:
+        InputError: the adapter that the run started from is no longer there, or no longer the same.
+    """
+    _, start = settle_start(recipe, base)
+    if start is None:
+        return {}
+    placed = method.placed()
+    for path, layer in placed.items():
+        replace_module(model, path, layer.base)
+    before = adapters.load(start.folder, model).placed()
+    for path, layer in before.items():
+        replace_module(model, path, layer.base)
+    for path, layer in placed.items():
+        replace_module(model, path, layer)
+    return values_of(before)
 
 
 def _require_base_of(adapter: Path, base: Path) -> None:

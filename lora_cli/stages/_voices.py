@@ -12,7 +12,7 @@ import torch
 from lora_cli.adapters import Start
 from lora_cli.constitution.endpoint import require_key
 from lora_cli.constitution.ledger import Ledger
-from lora_cli.constitution.local import LocalVoice, Voices, letters
+from lora_cli.constitution.local import REMEDY, LocalVoice, Voices, letters
 from lora_cli.constitution.remote import EndpointVoice
 from lora_cli.constitution.voice import Voice
 from lora_cli.data.templates import with_template
@@ -41,7 +41,7 @@ def identities(recipe: Recipe, settings: Constitution, base: Path, start: Start 
 
 def _identity(settings: Critic | Judge) -> list[Any]:
     if settings.kind == "local":
-        return ["local", base_fingerprint(_folder(settings))]
+        return ["local", base_fingerprint(folder_of(settings))]
     if settings.kind == "endpoint":
         return ["endpoint", settings.url, settings.model, settings.votes]
     return ["self"]
@@ -69,7 +69,7 @@ def open_voices(
     loaded, method = opened.model(recipe, adapter, base, device)
     tokens = settings.answer_tokens
     judges = settings.samples > 0 and settings.judge.kind == "self"
-    model = _local(
+    model = local_voice(
         AdaptedModel(loaded, method.placed() if method else {}), tokenizer, recipe.data.template, tokens,
         judges=judges,
     )  # fmt: skip
@@ -83,12 +83,12 @@ def open_voices(
             key = require_key(block.key_from, os.environ, place)
             log(f"{place}: {block.url}, {block.model}")
             return EndpointVoice(block, key, ledger(), place=place, answer_tokens=tokens, log=log)
-        folder = _folder(block)
+        folder = folder_of(block)
         if folder not in others:
             log(f"constitution.{name}: {folder}")
             other = AdaptedModel(load_model(folder, dtype=DTYPES[recipe.model.dtype], device=device), {})
             judges = settings.samples > 0 and settings.judge.folder == block.folder
-            others[folder] = _local(other, load_tokenizer(folder), "auto", tokens, judges=judges)
+            others[folder] = local_voice(other, load_tokenizer(folder), "auto", tokens, judges=judges)
         return others[folder]
 
     return Voices(
@@ -98,18 +98,34 @@ def open_voices(
     )
 
 
-def _local(
-    model: AdaptedModel, tokenizer: Any, template: str, answer_tokens: int, *, judges: bool
+def local_voice(
+    model: AdaptedModel,
+    tokenizer: Any,
+    template: str,
+    answer_tokens: int,
+    *,
+    judges: bool,
+    remedy: str = REMEDY,
 ) -> LocalVoice:
+    """Return a model in this process as a voice; `template` is the recipe's data.template, which the tokenizer has.
+
+    Raises:
+        InputError: it is to judge, and its tokenizer has no token for a letter.
+    """
     talk = Conversations(tokenizer, template)
     return LocalVoice(
         model, talk.encode, talk.decode, letter_ids=letters(tokenizer) if judges else {},
-        stop_ids=talk.stop_ids, pad_id=talk.pad_id, answer_tokens=answer_tokens,
+        stop_ids=talk.stop_ids, pad_id=talk.pad_id, answer_tokens=answer_tokens, remedy=remedy,
     )  # fmt: skip
 
 
-def _folder(settings: Critic | Judge) -> Path:
+def folder_of(settings: Critic) -> Path:
+    """Return the model folder of a local critic or judge.
+
+    Raises:
+        InputError: there is none, or it cannot be used.
+    """
     folder = Path(settings.folder or "").expanduser()
     if not folder.is_dir():  # a name would be looked for on the hub
-        raise InputError(f"constitution: {settings.folder}: no such folder (give a model folder)")
+        raise InputError(f"{settings.folder}: no such folder (give a model folder)")
     return base_folder(str(folder))

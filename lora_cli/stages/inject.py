@@ -17,7 +17,7 @@ from lora_cli.adapters import Method, Start
 from lora_cli.data.chosen_tokens import token_ids
 from lora_cli.errors import InputError
 from lora_cli.models import norms
-from lora_cli.models.adapted import AdaptedModel
+from lora_cli.models.adapted import AdaptedModel, values_of
 from lora_cli.models.load import DTYPES, fastest_attention, load_model
 from lora_cli.models.nf4 import Quantization
 from lora_cli.models.output_head import OutputHead, find_head
@@ -38,6 +38,7 @@ def run(
     prepared: Prepared,
     *,
     start: Start | None,
+    keeps_start: bool,
     quantization: Quantization | None,
     packing: bool | Literal["auto"],
     total_steps: int,
@@ -51,8 +52,9 @@ def run(
 ) -> tuple[AdaptedModel, Method]:
     """Return the base of `folder` with the method injected, ready to train on the prepared rows.
 
-    With `start` the method begins at that adapter's values, and `adapter` has been settled by it. `resumed` gives the
-    method's state in the checkpoint that the run goes on from, for a start that must not change.
+    With `start` the method begins at that adapter's values, and `adapter` has been settled by it; `keeps_start` says
+    that the objective compares with them. `resumed` gives the method's state in the checkpoint that the run goes on
+    from, for a start that must not change.
 
     Raises:
         InputError: the model cannot be loaded or cannot take these rows, a target matches nothing in it or cannot be
@@ -83,9 +85,11 @@ def run(
     # With no adapter to switch off, the base survives only as a copy of the weights that will change.
     changing = {} if method.layers else method.trainable(model)
     frozen_copy = {name: parameter.detach().clone() for name, parameter in changing.items()}
+    # Before a checkpoint is restored, so that a run that goes on compares with the same.
+    began = values_of(method.placed()) if start and keeps_start else {}
     for line in size.lines(model, method, folder.name, adapter.method, dtype, quantization):
         log(line)
-    return AdaptedModel(model, method.placed(), frozen_copy, packs=packs, head=head), method
+    return AdaptedModel(model, method.placed(), frozen_copy, began=began, packs=packs, head=head), method
 
 
 def settle_packing(
