@@ -17,7 +17,7 @@ def test_dpo_is_trls(
     monkeypatch.setenv("LORA_CLI_CACHE", str(tmp_path / "cache"))
     arguments = ["parity", "--rows", str(shared_data / "dpo_en_demo.json"), "--results", str(tmp_path)]
     arguments += ["--threads", "1", "--max-length", "200", "--parity-steps"]
-    assert preference.main([*arguments, "5"]) == 0
+    assert preference.main([*arguments, "4"]) == 0
     assert "relative in every step" in capsys.readouterr().out
     monkeypatch.setattr(preference, "ALIKE", 0.0)
     assert preference.main([*arguments, "1"]) == 1

@@ -18,10 +18,7 @@ def run(job: Job, recorder: Recorder) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job.tokenizer)
-    began = time.monotonic()
     trainer = _trainer(job, recorder, read_steps(job.work), tokenizer)
-    if job.options.get("precompute"):
-        recorder.numbers["reference_seconds"] = time.monotonic() - began
     if job.start is not None:
         peft_methods.fill(trainer.model, job.start)
     clip = trainer.accelerator.clip_grad_norm_
@@ -78,6 +75,12 @@ def _trainer(job: Job, recorder: Recorder, steps: list[list[Pair]], tokenizer: A
     class Watched(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *rest: Any, **named: Any) -> Any:
             return dataset  # tokenized already
+
+        def _precompute_ref_logps(self, *rest: Any, **named: Any) -> Any:
+            began = time.monotonic()
+            dataset = super()._precompute_ref_logps(*rest, **named)
+            recorder.numbers["reference_seconds"] = time.monotonic() - began
+            return dataset
 
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
             mask, ids = inputs["attention_mask"], inputs["input_ids"]

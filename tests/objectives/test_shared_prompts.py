@@ -123,7 +123,8 @@ def test_answers_are_those_of_each_row_alone() -> None:
                     loss = model.model(input_ids=ids, labels=labels, use_cache=False).loss
                     expected.append(-float(loss) * counts[-1])
         assert answers.lengths.tolist() == counts
-        torch.testing.assert_close(answers.logps, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+        expected_logps = torch.tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(answers.logps, expected_logps, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("limit", [1, 64, 10_000])
