@@ -17,7 +17,9 @@ speed    real tokens a second of an optimizer step; every measurement is a proce
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -92,24 +94,28 @@ def parity(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def learn(options: argparse.Namespace, folder: Path) -> list[str]:
-    """Return the held-out scores of three seeds."""
-    lines = []
+    """Return the held-out scores of each seed, which also draws the quarter of the rows that is held out."""
+    rows = json.loads(options.rows.read_text(encoding="utf-8"))
+    lines, right, count = [], 0.0, 0
     for seed in options.seeds:
-        recipe = _recipe(
-            options,
-            f"run.seed={seed}",
-            f"run.output={folder / f'seed-{seed}'}",
-            "data.eval_fraction=0.25",
-            *options.set,
-        )
-        scores = pipeline.train(recipe, overwrite=True)["eval"]
-        base, tuned = scores["base"], scores["tuned"]
+        random.Random(seed).shuffle(rows)
+        files = [folder / f"{split}-{seed}.json" for split in ("held-out", "train")]
+        for file, part in zip(files, (rows[: len(rows) // 4], rows[len(rows) // 4 :]), strict=True):
+            file.write_text(json.dumps(part), encoding="utf-8")
+        places = [f"data.eval={files[0]}", "data.eval_fraction=null", f"data.train={files[1]}"]
+        run = [f"run.seed={seed}", f"run.output={folder / f'seed-{seed}'}"]
+        summary = pipeline.train(load_recipe(RECIPE, [*places, *run, *options.set]), overwrite=True)
+        base, tuned = summary["eval"]["base"], summary["eval"]["tuned"]
+        kept = summary["rows"]["eval"]["kept"] // 2
+        right, count = right + kept * tuned["preference_accuracy"], count + kept
         lines.append(
             f"learn: seed {seed}: held-out loss {base['loss']:.4f} -> {tuned['loss']:.4f}, preference accuracy"
-            f" {base['preference_accuracy']:.1%} -> {tuned['preference_accuracy']:.1%}, margin"
+            f" {base['preference_accuracy']:.1%} -> {tuned['preference_accuracy']:.1%} of {kept} pairs, margin"
             f" {tuned['reward_margin']:.3f}"
         )
-    return lines
+    part = right / max(count, 1)
+    error = (part * (1 - part) / max(count, 1)) ** 0.5
+    return [*lines, f"learn: together {part:.1%} of {count} held-out pairs, standard error {error:.1%}"]
 
 
 def speed(options: argparse.Namespace, folder: Path) -> list[str]:

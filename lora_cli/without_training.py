@@ -176,6 +176,8 @@ def inspect(target: Path, recipe: Recipe) -> dict[str, Any]:
             model, source = (
                 load_model(one, dtype=dtype, device=rt.device, headless=True) for one in (base, folder)
             )
+            if read_weight(folder) is not None:  # a reward model, which has no output head to compare
+                source.set_output_embeddings(model.get_output_embeddings())  # type: ignore[no-untyped-call]
         log.line(f"inspecting {adapter or folder} on {recipe.model.base}")
         found = inspect_stage.run(source, model, settings)
         return {"target": str(target), "base": recipe.model.base, "quantize": recipe.quantization(), **found}

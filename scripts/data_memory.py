@@ -74,7 +74,7 @@ def prepare_here(path: Path) -> tuple[float, float]:
         for row in range(0, len(train), 97):
             place = f"{path}:{row + 1}"
             assert train.where(row) == place, (train.where(row), place)
-            assert tokenizer.decode(train[row].input_ids).startswith(f"row {row}: "), place
+            assert tokenizer.decode(train[row].answers()[0].input_ids).startswith(f"row {row}: "), place
     return peak, took
 
 

@@ -17,7 +17,7 @@ from reward_rule import write_pairs
 from safetensors.torch import load_file, save_file
 from toy import pairs, write_base, write_recipe, write_rows
 
-from lora_cli import pipeline
+from lora_cli import pipeline, without_training
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.stages._scorer import RewardScorer
@@ -232,6 +232,32 @@ def test_it_is_a_reward(trained: tuple[Path, dict[str, Any]], tmp_path: Path, ba
     card = (tmp_path / "run/adapter/README.md").read_text(encoding="utf-8")
     assert str(run.parent) not in card
     assert snapshot(run) == before
+
+
+def test_another_reward_model_is_another_run(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run whose reward model was trained anew meanwhile is not gone on with."""
+    judge = tmp_path / "judge"
+    shutil.copytree(trained[0], judge)
+    path = rollout_recipe(tmp_path / "job", base, judge, train__save_every=1)
+    pipeline.train(load_recipe(path))
+    run = tmp_path / "job" / "run"
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-3")
+    shutil.rmtree(judge)
+    pipeline.train(load_recipe(reward_recipe(tmp_path / "new", base, run__output=str(judge), run__seed=1)))
+    result = run_here(capsys, "train", str(path))
+    assert result.code == 2
+    assert "cannot be resumed: objective.rewards: content" in result.errors
+
+
+def test_what_it_learned_can_be_inspected(trained: tuple[Path, dict[str, Any]]) -> None:
+    """lora inspect tells of the modules of a reward adapter, and the head of none."""
+    run, _ = trained
+    found = without_training.inspect(run, load_recipe(run / "recipe.yaml"))
+    assert len(found["modules"]) == 14
+    assert found["whole"] == []
 
 
 def test_what_is_refused(

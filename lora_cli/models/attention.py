@@ -218,10 +218,10 @@ def _packed(
     if common:
         order, places = unfolding(lengths, common, query.device)
         # By token, as projections return them, and as they are read again.
-        unfolded = (
+        q, k, v = (
             part.transpose(1, 2).index_select(1, order).transpose(1, 2) for part in (query, key, value)
         )
-        return _packed(*unfolded, replace(documents, common=()), window, maths).index_select(1, places)
+        return _packed(q, k, v, replace(documents, common=()), window, maths).index_select(1, places)
     if (
         query.is_cuda
         and _VARLEN

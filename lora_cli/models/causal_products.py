@@ -25,6 +25,7 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -250,7 +251,8 @@ def _plan(
     """Return the order of the rows; asked by each layer of a pass, and made once."""
     starts, tokens = np.array([0, *accumulate(lengths)]), unfold(lengths, common)
     firsts, number = np.array(common or [0] * len(lengths)), int(tokens.max()) + 1
-    chunks, queries, keys, of_queries, of_keys, again, again_tokens = [], [], [], [], [], [], []
+    keys: list[npt.NDArray[np.int64]] = []
+    chunks, queries, of_queries, of_keys, again, again_tokens = [], [], [], [], [], []
     for members, length in _chunks(lengths, heads):
         start, last = starts[members, None], np.array([lengths[one] for one in members])[:, None] - 1
         within = np.arange(length)
@@ -261,7 +263,7 @@ def _plan(
             part, real = (one[:, None, tile.first : tile.last] for one in (places, own))
             queries.append((part * heads + np.arange(heads)[:, None]).reshape(-1))
             of_queries.append(np.repeat(real, heads, axis=1).reshape(-1))
-        first = sum(map(len, keys))
+        first = sum(len(one) for one in keys)
         keys.append((places[:, None] * shared + np.arange(shared)[:, None]).reshape(-1))
         of_keys.append(np.repeat(own[:, None], shared, axis=1).reshape(-1))
         elsewhere = (within <= last) & ~own

@@ -142,7 +142,7 @@ class Kto(Objective):
                 "reward_unwanted": rewards[~wanted].sum(),
                 "kl": torch.full_like(gains, z0).sum(),
             }
-        return losses.sum(), metrics
+        return losses.sum().float(), metrics
 
     def scores(self, means: Mapping[str, float]) -> Scores:
         """Return loss, the part of the answers on their side of z0, mean rewards of both kinds, and z0."""
@@ -207,6 +207,8 @@ class Kto(Objective):
                 found[list(batch.rows)] = answers_of(model, batch).logps.double().cpu()
             return found
 
+        longest = max((one.tokens for _, one in rows), default=1)
+        tokens = min(tokens, len(rows) * longest)
         while True:
             with attempt() as tried, model.evaluating():
                 own = logps()
@@ -215,7 +217,7 @@ class Kto(Objective):
             if not tried.failed:
                 return float(gains.sum()), float(len(rows))
             forget(model.device)
-            if tokens <= max(one.tokens for _, one in rows):
+            if tokens <= longest:
                 raise ResourceError(
                     "out of memory: a prompt with the answer to another one does not fit (lower data.max_length, or set"
                     " model.quantize: nf4)"

@@ -95,13 +95,14 @@ class RewardScorer:
         """
         if self._model is None:
             self._model = self._load()
-        tokens = PASS_TOKENS[self.device.type]
+        longest = max(map(len, rows), default=1)
+        tokens = min(PASS_TOKENS[self.device.type], len(rows) * longest)
         while True:
             with attempt() as tried:
                 return self._scores(self._model, rows, tokens)
             assert tried.failed
             forget(self.device)
-            if tokens <= max(map(len, rows)):
+            if tokens <= longest:
                 raise ResourceError(
                     f"{_KEY}: out of memory: one completion with its prompt does not fit beside the model that is"
                     " trained (lower objective.sampling.max_new_tokens, or set model.quantize: nf4)"

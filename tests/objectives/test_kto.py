@@ -21,12 +21,15 @@ from toy import pairs, rows, write_recipe, write_rows
 from trl.trainer.kto_trainer import KTOTrainer
 
 from lora_cli import adapters, objectives, pipeline
+from lora_cli.errors import ResourceError
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.packing import keep_apart
+from lora_cli.objectives import kto
+from lora_cli.objectives._answers import Answers, answers_of
 from lora_cli.objectives.kto import Kto, LabelledBatch, kto_losses
 from lora_cli.recipe import objective_blocks as blocks
 from lora_cli.recipe.load import load_recipe
-from lora_cli.types import Example, LabelledExample, Progress
+from lora_cli.types import Batch, Example, LabelledExample, Progress
 
 
 def labelled(number: int) -> list[dict[str, Any]]:
@@ -180,6 +183,29 @@ def test_the_gradient_does_not_depend_on_the_batches() -> None:
             assert float((found[name] - value).norm()) <= 1e-5 * float(value.norm()) + 1e-9, (name, tokens)
 
 
+def test_a_pass_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The divergence is the same in smaller passes, where memory wants them; one row that does not fit is one line."""
+    model, _ = moved(packs=False)
+    chosen, room = list(enumerate(examples(6))), [10_000]
+
+    def limited(model: AdaptedModel, batch: Batch) -> Answers:
+        if batch.input_ids.numel() > room[0]:
+            raise torch.OutOfMemoryError
+        return answers_of(model, batch)
+
+    monkeypatch.setattr(kto, "answers_of", limited)
+    found = []
+    for room[0] in (10_000, 60):
+        batch = objective().micro_batches(model, chosen, Progress(0, 1), tokens=10_000)[0]
+        assert isinstance(batch, LabelledBatch)
+        found.append(batch.divergence)
+    assert found[0] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    room[0] = 5
+    with pytest.raises(ResourceError, match="out of memory: a prompt with the answer to another"):
+        objective().micro_batches(model, chosen, Progress(0, 1), tokens=10_000)
+
+
 def told(run: Path) -> list[dict[str, Any]]:
     """Return the metrics of a run, without its speed."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -212,10 +238,15 @@ def test_labelled_rows_are_learned(tmp_path: Path, base: Path, capsys: pytest.Ca
 @pytest.mark.usefixtures("own_cache")
 def test_two_processes_train_as_one(tmp_path: Path, base: Path) -> None:
     """Two processes have the losses, divergences and gradients of one, also in steps that they share unevenly."""
-    data = str(write_rows(tmp_path / "p.jsonl", pairs(9)))
+    data = [
+        str(write_rows(tmp_path / "p.jsonl", pairs(6))),
+        str(write_rows(tmp_path / "l.jsonl", labelled(7))),
+    ]
+    block = {"name": "kto", "desirable_weight": 3.0, "undesirable_weight": 0.1}
+    sources = {"pairs": {"path": data[0]}, "labels": {"path": data[1]}}
     recipes = [
         write_recipe(
-            tmp_path / name, base, objective={"name": "kto"}, data__train=data, data__eval=None,
+            tmp_path / name, base, objective=block, data={"sources": sources},
             train__max_steps=4, train__batch_size=7, train__learning_rate=5e-2,
         )
         for name in ("alone", "two")
