@@ -276,6 +276,7 @@ def worth(row: dict[str, Any]) -> float:
             "evaluate.win_rate.judge.key_from: the variable NO_SUCH_KEY is not set",
         ),
         ({"evaluate__win_rate": {"rewards": [SHORT]}, "data__eval": None}, "there are no held-out rows"),
+        ({"evaluate__win_rate": {"rewards": [SHORT]}, "objective": {"name": "reward"}}, "a reward model gives no"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_decided_is_refused(
