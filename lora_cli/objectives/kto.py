@@ -212,7 +212,7 @@ class Kto(Objective):
         while True:
             with attempt() as tried, model.evaluating():
                 own = logps()
-                with model.reference():
+                with model.as_it_began():
                     gains = own - logps()
             if not tried.failed:
                 return float(gains.sum()), float(len(rows))

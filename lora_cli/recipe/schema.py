@@ -208,6 +208,9 @@ class Recipe(Section):
             if self.data.format == "text":
                 message = f"found {metric}, but text rows have no answer to compare (use loss)"
                 yield Conflict("evaluate.metrics", message, reads=("data.format",))
+            if metric == "win_rate" and self.objective.name == "reward":
+                message = "found win_rate, but a reward model gives no answers (use loss)"
+                yield Conflict("evaluate.metrics", message, reads=("objective.name",))
             if metric == "exact_match" and not known:
                 message = f"found exact_match, but {self.objective.name} compares answers (use loss)"
                 yield Conflict("evaluate.metrics", message, reads=("objective.name",))

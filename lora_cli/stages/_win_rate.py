@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,9 @@ class Referee:
         """Refuse a row whose answer a reward cannot compare with, before anything is trained."""
         assert self._prepared.eval is not None
         for row in asked_rows(self._recipe.evaluate, self._prepared.eval) if self._terms else ():
-            text = text_of(self._prepared, row.reference)
+            text = partial(text_of, self._prepared, row.reference)
             try:
-                _rewards.require_comparable(self._terms, partial(str, text), len(row.reference))
+                _rewards.require_comparable(self._terms, text, len(row.reference))
             except InputError as fault:
                 raise InputError(f"{row.where}: {fault}") from None
 

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chat_server import Body, ChatServer, letters, said
 from command_line import run_here
+from peft import PeftModel
 from test_processes import in_two_processes
 from toy import pairs, write_recipe, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from watched import watched
 
 from lora_cli import pipeline
@@ -201,6 +204,41 @@ def test_pairs_have_a_win_rate(tmp_path: Path, base: Path) -> None:
     assert [row["reference"] for row in answers] == [row["chosen"] for row in pairs(16)]
 
 
+def test_a_reward_model_decides(tmp_path: Path, base: Path) -> None:
+    """Its scores are those of PEFT over transformers' own classifier, of the prompt with the answer and its end."""
+    rows = str(write_rows(tmp_path / "pairs.jsonl", pairs(16)))
+    model = job(
+        tmp_path / "model", base, objective={"name": "reward"}, data__train=rows, evaluate__metrics=["loss"]
+    )
+    pipeline.train(load_recipe(model.parent / "recipe.yaml", [f"data.eval={rows}"]))
+    reward = {"name": "reward_model", "run": str(tmp_path / "model/run")}
+    learned = {"train__max_steps": 80, "train__learning_rate": 3e-2}
+    pipeline.train(
+        load_recipe(job(tmp_path / "job", base, evaluate__win_rate={"rewards": [reward]}, **learned))
+    )
+    scores = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32),
+        tmp_path / "model/run/adapter",
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    checked = 0
+    for row in lines_of(tmp_path / "job/run/generations.jsonl"):
+        assert row["won"] == (0.5 + math.copysign(0.5, difference) if (difference := worth(row)) else 0.5)
+        if (
+            len(tokenizer(row["tuned"], add_special_tokens=False).input_ids) < 12
+        ):  # else it was cut: it has no end
+            text = f"{row['prompt']}{row['tuned']}<|im_end|>"
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+            assert row["tuned_reward"] == pytest.approx(float(scores(input_ids=ids).logits), abs=1e-5)
+            checked += 1
+    assert checked
+
+
+def worth(row: dict[str, Any]) -> float:
+    """Return by how much the tuned model's answer is worth more."""
+    return float(row["tuned_reward"] - row["base_reward"])
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -238,6 +276,7 @@ def test_pairs_have_a_win_rate(tmp_path: Path, base: Path) -> None:
             "evaluate.win_rate.judge.key_from: the variable NO_SUCH_KEY is not set",
         ),
         ({"evaluate__win_rate": {"rewards": [SHORT]}, "data__eval": None}, "there are no held-out rows"),
+        ({"evaluate__win_rate": {"rewards": [SHORT]}, "objective": {"name": "reward"}}, "a reward model gives no"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_decided_is_refused(
