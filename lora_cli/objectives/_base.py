@@ -7,7 +7,7 @@ by the count over all micro-batches and processes, so that accumulation and data
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,6 +39,12 @@ class Surroundings:
     """Whether Python code that the recipe names may run."""
     sum: Callable[[Sequence[float]], list[float]]
     """Each value summed over all processes."""
+    stopping: Callable[[], bool]
+    """Whether this process was asked to stop; asked between tokens and passes."""
+
+    def text(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
+        """Return the text of tokens, with control tokens where `keep_special`."""
+        return self.decode([int(token) for token in ids], keep_special)
 
 
 def batch_tokens(wanted: int | str, model: AdaptedModel, *, at_most: dict[str, int]) -> int:

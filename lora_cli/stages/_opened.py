@@ -56,7 +56,11 @@ def objective(recipe: Recipe, prepared: Prepared, rt: Runtime) -> Objective:
         return text.strip()
 
     found = objectives.build(recipe.objective, pad_id=prepared.pad_id)
-    found.begin(Surroundings(decode, prepared.stop_ids, recipe.run.seed, recipe.run.allow_code, rt.sum))
+    found.begin(
+        Surroundings(
+            decode, prepared.stop_ids, recipe.run.seed, recipe.run.allow_code, rt.sum, lambda: rt.stopping
+        )
+    )
     return found
 
 
