@@ -1,6 +1,6 @@
-"""Write questions with one right answer, for learning by reward: which of some numbers is the largest, or smallest.
+"""Write questions with one right answer, for learning by reward: which of three numbers is the largest.
 
-The bundled base was trained on such questions in other words, and answers two in five of them. The numbers of an
+The bundled base was trained on such questions in other words, and answers some of them. The numbers of an
 evaluation row occur together in no training row, in no order.
 
 The output is a function of the seed only: the same bytes on every run and platform.
@@ -23,13 +23,13 @@ def make_rows(count: int, rng: random.Random, used: set[frozenset[int]]) -> list
     """Return rows of prompt and completion whose numbers are not among those `used`, and add theirs."""
     rows: list[dict[str, str]] = []
     while len(rows) < count:
-        numbers = rng.sample(range(10, 100), rng.randint(3, 5))
-        word, choose = rng.choice([("largest", max), ("smallest", min)])
+        numbers = rng.sample(range(10, 100), 3)
         if frozenset(numbers) in used:
             continue
         used.add(frozenset(numbers))
-        listed = f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
-        rows.append({"prompt": f"Which is the {word}: {listed}?", "completion": str(choose(numbers))})
+        first, second, third = numbers
+        prompt = f"Which is the largest: {first}, {second} or {third}?"
+        rows.append({"prompt": prompt, "completion": str(max(numbers))})
     return rows
 
 
