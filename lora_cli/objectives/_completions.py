@@ -21,7 +21,7 @@ SAMPLED_TOKENS = {"cpu": 16384, "cuda": 131072}
 def complete(
     model: AdaptedModel,
     rows: Items,
-    wanted: Sampling,
+    sampling: Sampling,
     rewards: Sequence[Term],
     around: Surroundings,
     *,
@@ -39,8 +39,8 @@ def complete(
         InputError: the model keeps no cache of keys and values, or a reward cannot judge a completion.
         ResourceError: a single row does not fit into memory.
     """
-    temperature = 0.0 if greedy else wanted.temperature
-    draw = Draw(wanted.max_new_tokens, around.stop_ids, temperature, wanted.top_p, wanted.top_k)
+    temperature = 0.0 if greedy else sampling.temperature
+    draw = Draw(sampling.max_new_tokens, around.stop_ids, temperature, sampling.top_p, sampling.top_k)
     chosen = [(index, *split_answer(*row.answers()), n) for index, row in rows for n in range(samples)]
     with model.evaluating():
         found = sample(
@@ -49,7 +49,7 @@ def complete(
             [stream_seed(around.seed, "rollout", step, row, number) for row, _, _, number in chosen],
             draw,
             pad_id=pad_id,
-            tokens=tokens or tokens_of_pass(wanted.batch_tokens, model.device.type, at_most=SAMPLED_TOKENS),
+            tokens=tokens or tokens_of_pass(sampling.batch_tokens, model.device.type, at_most=SAMPLED_TOKENS),
             stopping=around.stopping,
         )
     if around.stopping():
