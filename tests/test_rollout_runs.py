@@ -164,7 +164,7 @@ def test_a_step_does_not_depend_on_its_passes(tmp_path: Path, base: Path, name: 
         folder = tmp_path / str(place)
         path = rollout_recipe(
             folder, base, name, train__micro_batch_tokens=tokens, data__packing=packing, data__eval=None,
-            train__max_steps=4,
+            train__max_steps=4, train__learning_rate=1e-4,  # AdamW makes a step of a rounding where a gradient is 0
         )  # fmt: skip
         pipeline.train(load_recipe(path))
         found.append([(line["loss"], line["grad_norm"]) for line in told(folder / "run")])

@@ -146,7 +146,7 @@ def test_every_key_is_read_by_some_code(found: Reads, key: str, variant: str) ->
         # Those that sample share a base, and are given their block as a whole.
         shared = [
             (PACKAGE / "objectives" / name).read_text(encoding="utf-8")
-            for name in ("_rollouts.py", "_rewards.py")
+            for name in ("_rollouts.py", "_completions.py", "_rewards.py")
         ]
         assert key.split(".")[1] in method_arguments(source) or not unread([key], reads(source, *shared))
     else:

@@ -12,7 +12,7 @@ the temperature and the cuts that the tokens were drawn with.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,11 +65,13 @@ def sample(
     *,
     pad_id: int,
     tokens: int,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[Completion]:
     """Return a completion of each prompt, in their order; equal prompts that follow each other are read once.
 
     The model must be in evaluation. A pass has at most `tokens` padded tokens of prompts and completions, or one row;
-    one that does not fit into memory is made again in halves.
+    one that does not fit into memory is made again in halves. Where it is `stopping`, which is asked before each token,
+    nothing is returned.
 
     Raises:
         InputError: the model keeps no cache of keys and values.
@@ -83,9 +85,10 @@ def sample(
         batch = waiting.pop()
         chosen = [order[place] for place in batch]
         with attempt() as tried, torch.no_grad():
-            drawn = _Drawing(model, draw, pad_id, [seeds[index] for index in chosen]).run(
-                [prompts[index] for index in chosen]
-            )
+            drawing = _Drawing(model, draw, pad_id, [seeds[index] for index in chosen], stopping)
+            drawn = drawing.run([prompts[index] for index in chosen])
+        if stopping():
+            return []
         if not tried.failed:
             found.update(zip(chosen, drawn, strict=True))
             continue
@@ -102,15 +105,14 @@ def sample(
 
 
 def choose(logits: Tensor, uniforms: Tensor, draw: Draw) -> Tensor:
-    """Return the token of each row, (B,): logits (B, V), uniforms (B,) float64 in [0, 1).
+    """Return the token of each row, (B,): logits (B, V) float32, uniforms (B,) float64 in [0, 1).
 
     The cuts are made as transformers makes them: temperature, then the `top_k` most likely with all that equal the last
     of them, then of the rest the fewest that have `top_p` of the probability together.
     """
     if draw.temperature == 0:
         return logits.argmax(dim=-1)
-    # float64: in float32 the cumulative sum over 10^5 tokens is off by more than many of them have.
-    probabilities = torch.softmax(logits.double() / draw.temperature, dim=-1)  # (B, V)
+    probabilities = torch.softmax(logits / draw.temperature, dim=-1)  # (B, V)
     if draw.top_k is not None and draw.top_k < probabilities.shape[-1]:
         least = probabilities.topk(draw.top_k, dim=-1).values[:, -1:]
         probabilities = probabilities.where(probabilities >= least, 0.0)
@@ -120,7 +122,8 @@ def choose(logits: Tensor, uniforms: Tensor, draw: Draw) -> Tensor:
         before = ordered.cumsum(dim=-1) - ordered
         ordered = ordered.where(before < draw.top_p, 0.0)
         probabilities = torch.zeros_like(ordered).scatter(-1, places, ordered)
-    cumulated = probabilities.cumsum(dim=-1)
+    # float64: in float32 the cumulative sum over 10^5 tokens is off by more than many of them have.
+    cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
     total = cumulated[:, -1:]
     found = torch.searchsorted(cumulated, uniforms[:, None] * total, right=True)
     # Where the product rounds up to the total, the token is the last one that has any probability.
@@ -154,8 +157,15 @@ def _batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 class _Drawing:
     """One batch of completions; B rows that are still drawn, L tokens of each in the cache, padding counted."""
 
-    def __init__(self, model: AdaptedModel, draw: Draw, pad_id: int, seeds: Sequence[int]) -> None:
-        self.model, self.draw, self.pad_id = model, draw, pad_id
+    def __init__(
+        self,
+        model: AdaptedModel,
+        draw: Draw,
+        pad_id: int,
+        seeds: Sequence[int],
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.model, self.draw, self.pad_id, self.stopping = model, draw, pad_id, stopping
         streams = [np.random.Generator(np.random.Philox(seed)).random(draw.max_new_tokens) for seed in seeds]
         self.uniforms = torch.from_numpy(np.stack(streams)).to(model.device)  # (rows, max_new_tokens)
         self.stops = torch.tensor(draw.stop_ids, dtype=torch.int64, device=model.device)
@@ -164,13 +174,15 @@ class _Drawing:
         self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     def run(self, prompts: Sequence[Ids]) -> list[Completion]:
-        """Return the completion of each prompt."""
+        """Return the completion of each prompt; nothing where it is `stopping`."""
         logits, mask = self._read(prompts)
         count, device = len(prompts), self.model.device
         rows = torch.arange(count, device=device)  # whose the rows of the batch are
         ended = torch.zeros(count, dtype=torch.bool, device=device)
         steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # rows, tokens, log-probabilities, entropies
         for step in range(self.draw.max_new_tokens):
+            if self.stopping():
+                return []
             tokens = choose(logits, self.uniforms[rows, step], self.draw)
             logps = logits.log_softmax(dim=-1)
             live = ~ended[rows]

@@ -7,7 +7,7 @@ by the count over all micro-batches and processes, so that accumulation and data
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -63,6 +63,8 @@ class Surroundings:
     """Whether Python code that the recipe names may run."""
     sum: Callable[[Sequence[float]], list[float]]
     """Each value summed over all processes."""
+    stopping: Callable[[], bool]
+    """Whether this process was asked to stop; asked between tokens and passes."""
     gather: Callable[[bytes], list[bytes]] = lambda content: [content]
     """What every process has, by its rank."""
     rank: int = 0
@@ -72,6 +74,10 @@ class Surroundings:
     Raises:
         InputError: it is none, or one of another tokenizer.
     """
+
+    def text(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
+        """Return the text of tokens, with control tokens where `keep_special`."""
+        return self.decode([int(token) for token in ids], keep_special)
 
 
 def batch_tokens(wanted: int | str, model: AdaptedModel, *, at_most: dict[str, int]) -> int:

@@ -166,8 +166,11 @@ def score(
     *,
     tokens: int,
     pad_id: int,
+    stopping: Callable[[], bool],
 ) -> None:
     """Add to the columns of a rollout what a function gives the tokens of a batch, (N,) each, under these names.
+
+    Where it is `stopping`, which is asked before each batch, nothing is added.
 
     Raises:
         ResourceError: one completion with its prompt does not fit into memory.
@@ -177,6 +180,8 @@ def score(
         largest: RolloutBatch | None = None
         with attempt() as tried:
             for largest in batches_of(model, rollout, tokens=tokens, pad_id=pad_id):
+                if stopping():
+                    return
                 columns = [column.cpu().split(list(largest.lengths)) for column in function(largest)]
                 for place, sample in enumerate(largest.samples):
                     found[sample] = [column[place] for column in columns]

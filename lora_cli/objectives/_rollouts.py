@@ -10,7 +10,7 @@ A row is a prompt and its last answer, the reference that rewards may compare wi
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -18,19 +18,16 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import InputError
-from lora_cli.models import sampling
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.objectives import _rewards
-from lora_cli.objectives._base import Items, Metrics, Objective, Surroundings, tokens_of_pass
+from lora_cli.objectives._base import Items, Metrics, Objective, Surroundings
+from lora_cli.objectives._completions import complete
 from lora_cli.objectives._policy_losses import divergence, is_clipped
 from lora_cli.objectives._prompts import split_answer
 from lora_cli.objectives._rollout import Rollout, RolloutBatch, batches_of, score
 from lora_cli.objectives._rollout_lines import lines_of
 from lora_cli.recipe import rollout_blocks
-from lora_cli.seeding import stream_seed
 from lora_cli.types import Batch, Conversation, Prepared, Progress, Scores
-
-SAMPLED_TOKENS = {"cpu": 16384, "cuda": 131072}
 
 
 class RolloutObjective(Objective):
@@ -58,8 +55,12 @@ class RolloutObjective(Objective):
         self._sums: dict[str, list[Tensor]] = {}
 
     @abstractmethod
-    def fill(self, model: AdaptedModel, rollout: Rollout, tokens: int) -> None:
-        """Add what the updates need of each token to the columns of a new rollout, `advantages` among them."""
+    def measure(self, model: AdaptedModel, rollout: Rollout, tokens: int) -> None:
+        """Add what the model gives each token of a new rollout to its columns, where it is to stop not all of it."""
+
+    @abstractmethod
+    def settle(self, rollout: Rollout) -> None:
+        """Add what follows from rewards and measures, `advantages` among it; processes may sum over all of them."""
 
     @abstractmethod
     def policy_loss(self, model: AdaptedModel, batch: RolloutBatch) -> Tensor:
@@ -94,7 +95,9 @@ class RolloutObjective(Objective):
                 try:
                     if not len(prompt):
                         raise InputError("has nothing before its answer to complete (give a prompt)")
-                    _rewards.require_comparable(self._rewards, partial(self._text, reference), len(reference))
+                    _rewards.require_comparable(
+                        self._rewards, partial(self.around.text, reference), len(reference)
+                    )
                 except InputError as fault:
                     raise InputError(f"{examples.where(row)}: {fault}") from None
         return longest + self.sampling.max_new_tokens
@@ -108,7 +111,10 @@ class RolloutObjective(Objective):
     def micro_batches(
         self, model: AdaptedModel, rows: Items, progress: Progress, *, tokens: int
     ) -> list[Batch]:
-        """Return the completions of the rows' prompts as micro-batches; the first call of a rollout samples them."""
+        """Return the completions of the rows' prompts as micro-batches; the first call of a rollout samples them.
+
+        Where a process is to stop meanwhile there are none, in all processes, and the next call samples them again.
+        """
         self._sums = {}
         index = progress.step // self.updates_per_rollout
         if self._rollout is None or self._rollout.index != index:
@@ -118,6 +124,8 @@ class RolloutObjective(Objective):
                 self._rollout = self._roll_out(model, rows, index, tokens)
             else:
                 self._told = index
+        if self._rollout is None:
+            return []
         return list(batches_of(model, self._rollout, tokens=tokens, pad_id=self.pad_id))
 
     def trial_batches(
@@ -134,9 +142,15 @@ class RolloutObjective(Objective):
     def heldout_batches(
         self, model: AdaptedModel, rows: Items, progress: Progress, *, tokens: int
     ) -> list[Batch]:
-        """Return one batch of the rows' most likely completions, whose loss is less the sum of their rewards."""
+        """Return the rows' most likely completions, whose loss is less the sum of their rewards; none where it is to
+        stop meanwhile."""
         del progress
-        rollout = self._complete(model, rows, samples=1, step=0, greedy=True, tokens=tokens)
+        rollout = complete(
+            model, rows, self.sampling, self._rewards, self.around,
+            samples=1, step=0, greedy=True, pad_id=self.pad_id, tokens=tokens,
+        )  # fmt: skip
+        if rollout is None:
+            return []
         batches = list(batches_of(model, rollout, tokens=tokens, pad_id=self.pad_id))
         for batch in batches:
             batch.rewards = rollout.rewards[list(batch.samples)]
@@ -191,7 +205,7 @@ class RolloutObjective(Objective):
         self._told = rollout.index
         step = rollout.index * self.updates_per_rollout + 1
         weights = [term.weight for term in self._rewards]
-        return lines_of(rollout, step, self._names(), weights, self._text)
+        return lines_of(rollout, step, self._names(), weights, self.around.text)
 
     # What a checkpoint holds.
 
@@ -208,54 +222,36 @@ class RolloutObjective(Objective):
 
     # How a rollout is made.
 
-    def _roll_out(self, model: AdaptedModel, rows: Items, index: int, tokens: int) -> Rollout:
+    def _roll_out(self, model: AdaptedModel, rows: Items, index: int, tokens: int) -> Rollout | None:
+        """Return what the model makes of the rows; None in all processes where one is to stop meanwhile."""
         step = index * self.updates_per_rollout
-        rollout = self._complete(model, rows, samples=self.samples, step=step, greedy=False, tokens=None)
+        rollout = complete(
+            model, rows, self.sampling, self._rewards, self.around,
+            samples=self.samples, step=step, greedy=False, pad_id=self.pad_id,
+        )  # fmt: skip
+        if rollout is not None:
+            with model.evaluating():
+                self.measure(model, rollout, tokens)
+        # Agreed on before any of them waits for the sums of the others.
+        (stopping,) = self.around.sum([float(self.around.stopping())])
+        if stopping:
+            return None
+        assert rollout is not None
         rollout.index = index
-        with model.evaluating():
-            self.fill(model, rollout, tokens)
+        self.settle(rollout)
         return rollout
 
-    def _complete(
-        self, model: AdaptedModel, rows: Items, *, samples: int, step: int, greedy: bool, tokens: int | None
-    ) -> Rollout:
-        """Return completions with their rewards; `tokens` at once, None as the recipe has it."""
-        assert self._around is not None
-        draw = sampling.Draw(
-            self.sampling.max_new_tokens,
-            self._around.stop_ids,
-            0.0 if greedy else self.sampling.temperature,
-            self.sampling.top_p,
-            self.sampling.top_k,
-        )
-        chosen = [(index, *split_answer(*row.answers()), n) for index, row in rows for n in range(samples)]
-        wanted, seed = self.sampling.batch_tokens, self._around.seed
-        most = tokens or tokens_of_pass(wanted, model.device.type, at_most=SAMPLED_TOKENS)
-        with model.evaluating():
-            found = sampling.sample(
-                model,
-                [prompt for _, prompt, _, _ in chosen],
-                [stream_seed(seed, "rollout", step, row, number) for row, _, _, number in chosen],
-                draw,
-                pad_id=self.pad_id,
-                tokens=most,
-            )
-        answers = [
-            _rewards.Answer(
-                self._text(one.answer()), self._text(prompt), self._text(answer), len(one.ids), [*prompt, *one.ids]
-            )
-            for one, (_, prompt, answer, _) in zip(found, chosen, strict=True)
-        ]  # fmt: skip
-        columns = [term.judge(answers) for term in self._rewards]
-        return Rollout(
-            index=-1,
-            rows=[row for row, _, _, _ in chosen],
-            prompts=[prompt for _, prompt, _, _ in chosen],
-            completions=[one.ids for one in found],
-            rewards=torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(chosen)).T,
-            ended=[one.ended for one in found],
-            entropies=torch.tensor([float(one.entropies.sum()) for one in found], dtype=torch.float64),
-        )
+    def score(
+        self,
+        model: AdaptedModel,
+        rollout: Rollout,
+        names: tuple[str, ...],
+        function: Callable[[RolloutBatch], tuple[Tensor, ...]],
+        tokens: int,
+    ) -> None:
+        """Add columns of these names, see `_rollout.score`."""
+        stopping = self.around.stopping
+        score(model, rollout, names, function, tokens=tokens, pad_id=self.pad_id, stopping=stopping)
 
     def score_policy(self, model: AdaptedModel, rollout: Rollout, tokens: int, *, old: bool) -> None:
         """Add the log-probabilities of the model itself where `old`, and of its reference where `beta` is not 0.
@@ -268,31 +264,32 @@ class RolloutObjective(Objective):
             return (-model.token_losses(batch)[0],)
 
         if old:
-            score(model, rollout, ("old",), logps, tokens=tokens, pad_id=self.pad_id)
+            self.score(model, rollout, ("old",), logps, tokens)
         if self.beta:
             with model.as_it_began():
-                score(model, rollout, ("reference",), logps, tokens=tokens, pad_id=self.pad_id)
+                self.score(model, rollout, ("reference",), logps, tokens)
 
     def report_policy(self, logps: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor) -> None:
-        """Note divergence from the reference and clipped part of tokens, (N,) each."""
+        """Note clipped part of tokens and divergence from the reference, (N,) each.
+
+        That is of the model that drew: of a later one these tokens are no sample, and an estimate from them has no
+        bound.
+        """
         with torch.no_grad():
             self.report("clip_fraction", is_clipped(logps, old, advantages, self.low, self.high))
             if reference is not None:
-                self.report("kl", divergence(logps, reference))
+                self.report("kl", divergence(old, reference))
 
     def totals(self, rollout: Rollout) -> Tensor:
         """Return what each completion is worth, (S,) float32."""
         weights = torch.tensor([term.weight for term in self._rewards], dtype=torch.float64)
         return (rollout.rewards @ weights).float()
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Return values summed over all processes."""
+    @property
+    def around(self) -> Surroundings:
+        """What the run is surrounded by, once it has begun."""
         assert self._around is not None
-        return self._around.sum(values)
+        return self._around
 
     def _names(self) -> list[str]:
         return [f"reward_{term.name}" for term in self._rewards]
-
-    def _text(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
-        assert self._around is not None
-        return self._around.decode([int(token) for token in ids], keep_special)

@@ -27,10 +27,13 @@ class Grpo(RolloutObjective):
         super().__init__(settings, pad_id=pad_id, samples=settings.samples, beta=settings.beta)
         self.scaled, self.normalize = settings.scale == "std", settings.normalize
 
-    def fill(self, model: AdaptedModel, rollout: Rollout, tokens: int) -> None:
-        """Add advantages, and log-probabilities where there is to be a ratio or a divergence."""
+    def measure(self, model: AdaptedModel, rollout: Rollout, tokens: int) -> None:
+        """Add log-probabilities where there is to be a ratio or a divergence."""
         # A single update is made by the model that drew: its own log-probabilities, detached, are the old ones.
         self.score_policy(model, rollout, tokens, old=self.updates_per_rollout > 1)
+
+    def settle(self, rollout: Rollout) -> None:
+        """Add advantages."""
         rewards = self.totals(rollout).reshape(-1, self.samples)
         rollout.columns["advantages"] = rollout.spread(
             group_advantages(rewards, scaled=self.scaled).reshape(-1)

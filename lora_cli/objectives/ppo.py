@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_cli.models.adapted import AdaptedModel
 from lora_cli.models.score_head import zero_head
 from lora_cli.objectives._policy_losses import clipped_surrogate, clipped_value_loss, estimated_advantages
-from lora_cli.objectives._rollout import Rollout, RolloutBatch, score
+from lora_cli.objectives._rollout import Rollout, RolloutBatch
 from lora_cli.objectives._rollouts import RolloutObjective
 from lora_cli.recipe.rollout_blocks import PpoObjective
 from lora_cli.types import Batch
@@ -41,14 +41,17 @@ class Ppo(RolloutObjective):
             self.head = zero_head(model.model, bias=True)
         return {f"value_head.{name}": parameter for name, parameter in self.head.named_parameters()}
 
-    def fill(self, model: AdaptedModel, rollout: Rollout, tokens: int) -> None:
-        """Add log-probabilities, values, advantages and returns."""
+    def measure(self, model: AdaptedModel, rollout: Rollout, tokens: int) -> None:
+        """Add log-probabilities and values."""
 
         def of_policy(batch: RolloutBatch) -> tuple[Tensor, Tensor]:
             return self._scored(model, batch)
 
-        score(model, rollout, ("old", "values"), of_policy, tokens=tokens, pad_id=self.pad_id)
+        self.score(model, rollout, ("old", "values"), of_policy, tokens)
         self.score_policy(model, rollout, tokens, old=False)
+
+    def settle(self, rollout: Rollout) -> None:
+        """Add advantages and returns."""
         rewards = torch.zeros(rollout.tokens)
         if self.beta:
             rewards -= self.beta * (rollout.columns["old"] - rollout.columns["reference"])
@@ -93,9 +96,9 @@ class Ppo(RolloutObjective):
     def _whitened(self, advantages: Tensor) -> Tensor:
         """Return them with mean 0 and variance 1 over all processes."""
         exact = advantages.double()
-        total, count = self.sum([float(exact.sum()), float(len(exact))])
+        total, count = self.around.sum([float(exact.sum()), float(len(exact))])
         mean = total / max(count, 1.0)
-        (squares,) = self.sum([float((exact - mean).square().sum())])
+        (squares,) = self.around.sum([float((exact - mean).square().sum())])
         return ((exact - mean) / (squares / max(count - 1.0, 1.0) + 1e-8) ** 0.5).float()
 
 

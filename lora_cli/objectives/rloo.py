@@ -24,9 +24,12 @@ class Rloo(RolloutObjective):
     def __init__(self, settings: RlooObjective, *, pad_id: int) -> None:
         super().__init__(settings, pad_id=pad_id, samples=settings.samples, beta=settings.beta)
 
-    def fill(self, model: AdaptedModel, rollout: Rollout, tokens: int) -> None:
-        """Add advantages, of rewards less the divergence, and log-probabilities."""
+    def measure(self, model: AdaptedModel, rollout: Rollout, tokens: int) -> None:
+        """Add log-probabilities where there is to be a ratio or a divergence."""
         self.score_policy(model, rollout, tokens, old=self.updates_per_rollout > 1 or self.beta > 0)
+
+    def settle(self, rollout: Rollout) -> None:
+        """Add advantages, of rewards less the divergence."""
         rewards = self.totals(rollout)
         if self.beta:
             gaps = [

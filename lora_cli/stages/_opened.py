@@ -64,8 +64,8 @@ def objective(recipe: Recipe, prepared: Prepared, rt: Runtime, log: Callable[[st
     found = objectives.build(recipe.objective, pad_id=prepared.pad_id)
     found.begin(
         Surroundings(
-            decode, prepared.stop_ids, recipe.run.seed, recipe.run.allow_code, rt.sum, rt.gather_bytes, rt.rank,
-            lambda name: RewardScorer(name, recipe, prepared, rt.device, log),
+            decode, prepared.stop_ids, recipe.run.seed, recipe.run.allow_code, rt.sum, lambda: rt.stopping,
+            rt.gather_bytes, rt.rank, lambda name: RewardScorer(name, recipe, prepared, rt.device, log),
         )
     )  # fmt: skip
     return found

@@ -128,6 +128,25 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shapes == [(1, 17), (8, 1), (8, 1)]
 
 
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_it_stops_before_the_next_token(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """From when it is told to stop no pass is made any more, and nothing is returned."""
+    model = make_model("llama")
+    passes: list[bool] = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model,
+        "forward",
+        functools.wraps(forward)(lambda **given: (passes.append(len(passes) > 4), forward(**given))[1]),
+    )
+    found = sample(
+        AdaptedModel(model, {}), PROMPTS, SEEDS, Draw(20, ()), pad_id=0, tokens=tokens,
+        stopping=lambda: len(passes) == 4,
+    )  # fmt: skip
+    assert found == []
+    assert len(passes) == 4
+
+
 def test_a_model_without_a_cache_is_refused() -> None:
     """A model whose forward takes no cache cannot be sampled from, and a line says so."""
     model = make_model("llama")

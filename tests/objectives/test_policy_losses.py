@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
+from trl.trainer.utils import nanstd
 
 from lora_cli import objectives
 from lora_cli.objectives import _policy_losses as losses
 from lora_cli.objectives._rollout import Rollout, RolloutBatch, batches_of
 from lora_cli.objectives._rollouts import RolloutObjective
-from lora_cli.recipe.rollout_blocks import GrpoObjective, PpoObjective, Reward, RlooObjective
+from lora_cli.recipe.rollout_blocks import GrpoObjective, Reward, RlooObjective
 
 LENGTHS = [3, 7, 1, 5, 7, 2]
 REWARDS = [Reward(name="json_valid")]
@@ -29,12 +30,17 @@ class Given:
 
     packs, device = False, torch.device("cpu")
 
-    def __init__(self, logps: list[Tensor]) -> None:
-        self.logps = logps
+    def __init__(self, logps: list[Tensor], values: list[Tensor]) -> None:
+        self.logps, self.values = logps, values
 
     def token_losses(self, batch: RolloutBatch) -> tuple[Tensor, None]:
         """Return them in the order of the batch."""
         return -torch.cat([self.logps[sample] for sample in batch.samples]), None
+
+    def token_losses_and_states(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+        """Return them, and states of width 1 that are the values."""
+        values = torch.cat([self.values[sample] for sample in batch.samples])
+        return self.token_losses(batch)[0], values[:, None]
 
 
 def rollout_of(columns: Mapping[str, Tensor]) -> Rollout:
@@ -47,9 +53,11 @@ def rollout_of(columns: Mapping[str, Tensor]) -> Rollout:
     )  # fmt: skip
 
 
-def mean_loss(objective: RolloutObjective, logps: Tensor, rollout: Rollout, tokens: int) -> Tensor:
+def mean_loss(
+    objective: RolloutObjective, logps: Tensor, rollout: Rollout, tokens: int, *, values: Tensor | None = None
+) -> Tensor:
     """Return the loss of a step: sums over micro-batches, divided once by the units of all."""
-    given: Any = Given(list(logps.split(LENGTHS)))
+    given: Any = Given(list(logps.split(LENGTHS)), list((logps if values is None else values).split(LENGTHS)))
     batches = batches_of(given, rollout, tokens=tokens, pad_id=0)
     total = sum((objective.loss_sum(given, batch)[0] for batch in batches), torch.zeros(()))
     return total / sum(objective.units(batch) for batch in batches)
@@ -145,6 +153,42 @@ def test_rloo_is_trls(seed: int, tokens: int) -> None:
     assert float((gradient - expected).abs().max()) <= 1e-6
 
 
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_group_advantages_are_trls(scale: str) -> None:
+    """A completion's advantage is what GRPOTrainer makes of the rewards of its group, to 1e-6, for each token."""
+    rewards = torch.tensor([0.0, 1.0, 0.25, 0.5, 0.5, 0.5], dtype=torch.float64)  # two groups of three
+    objective: Any = objectives.build(
+        GrpoObjective.model_validate({"rewards": REWARDS, "samples": 3, "scale": scale}), pad_id=0
+    )
+    objective._rewards = [SimpleNamespace(weight=2.0)]
+    rollout = rollout_of({})
+    rollout.rewards = rewards[:, None]
+    objective.settle(rollout)
+    grouped = 2 * rewards.reshape(2, 3)
+    expected = grouped - grouped.nanmean(dim=1, keepdim=True)
+    if scale == "std":
+        expected = expected / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
+    for found, one in zip(rollout.split("advantages"), expected.flatten(), strict=True):
+        assert found.tolist() == pytest.approx([float(one)] * len(found), abs=1e-6)
+
+
+def test_rloo_counts_the_divergence_against_the_others() -> None:
+    """A completion is worth its reward less beta nats by which it is likelier, and that less the mean of the others."""
+    _, columns, _ = random_columns(4)
+    objective: Any = objectives.build(RlooObjective(rewards=REWARDS, samples=3, beta=0.1), pad_id=0)
+    objective._rewards = [SimpleNamespace(weight=1.0)]
+    rollout = rollout_of(columns)
+    rewards = [0.0, 1.0, 0.25, 0.5, 0.5, 0.75]
+    rollout.rewards = torch.tensor(rewards, dtype=torch.float64)[:, None]
+    objective.settle(rollout)
+    gaps = (columns["old"] - columns["reference"]).split(LENGTHS)
+    worth = [reward - 0.1 * float(gap.double().sum()) for reward, gap in zip(rewards, gaps, strict=True)]
+    for place, found in enumerate(rollout.split("advantages")):
+        group = [3 * (place // 3) + other for other in range(3)]
+        expected = worth[place] - sum(worth[other] for other in group if other != place) / 2
+        assert found.tolist() == pytest.approx([expected] * LENGTHS[place], abs=1e-5)
+
+
 def test_three_tokens_by_hand() -> None:
     """One token within the clip, one above with a gain, one below with a loss, as the equations have them."""
     old = torch.tensor([0.5, 0.4, 0.2]).log()
@@ -165,46 +209,3 @@ def test_group_advantages_by_hand() -> None:
     scaled = losses.group_advantages(rewards, scaled=True)
     assert scaled.flatten().tolist() == pytest.approx([-1 / 1.0001, 0, 1 / 1.0001, 0, 0, 0])
     assert losses.leave_one_out(rewards).tolist() == [[-1.5, 0, 1.5], [0, 0, 0]]
-
-
-def test_advantages_of_three_tokens_by_hand() -> None:
-    """Generalized advantage estimation of three tokens, of which the last is rewarded, worked out by hand."""
-    rewards, values = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.25, 0.5])
-    found = losses.estimated_advantages(rewards, values, gamma=0.5, gae_lambda=0.5)
-    # d = -0.5 + 0.125, -0.25 + 0.25, 1 - 0.5; each later one counts a quarter
-    assert found.tolist() == pytest.approx([-0.375 + 0.5 / 16, 0.125, 0.5])
-
-
-@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.9, 0.0)])
-def test_advantages_are_the_sum_of_the_paper(gamma: float, gae_lambda: float) -> None:
-    """The recursion equals the sum over (gamma lambda)^l d_(t+l) of arXiv 1506.02438, eq. 16."""
-    generator = torch.Generator().manual_seed(1)
-    rewards, values = torch.randn(9, generator=generator), torch.randn(9, generator=generator)
-    following = [*values[1:].tolist(), 0.0]
-    deltas = [
-        float(r) + gamma * v_next - float(v) for r, v, v_next in zip(rewards, values, following, strict=True)
-    ]
-    expected = [
-        sum((gamma * gae_lambda) ** (later - step) * deltas[later] for later in range(step, 9))
-        for step in range(9)
-    ]
-    found = losses.estimated_advantages(rewards, values, gamma=gamma, gae_lambda=gae_lambda)
-    assert found.tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_value_loss_by_hand() -> None:
-    """A value that has moved further than the clip counts with the larger of both errors."""
-    values, old, returns = torch.tensor([1.0, 0.1, 2.0]), torch.zeros(3), torch.tensor([0.0, 0.5, 3.0])
-    # near: 0.2, 0.1, 0.2; errors 1 and 0.04; 0.16 and 0.16; 1 and 7.84
-    found = losses.clipped_value_loss(values, old, returns, 0.2)
-    assert found.tolist() == pytest.approx([0.5, 0.08, 3.92])
-
-
-def test_whitened_advantages_have_mean_0_and_variance_1() -> None:
-    """Over all processes: here twice the same numbers, so with the deviation of their number doubled."""
-    objective: Any = objectives.build(PpoObjective(rewards=REWARDS), pad_id=0)
-    objective._around = SimpleNamespace(sum=lambda values: [2 * value for value in values])
-    advantages = torch.randn(50, generator=torch.Generator().manual_seed(2)) * 3 + 1
-    found = objective._whitened(advantages)
-    both = torch.cat([advantages, advantages])
-    assert found.tolist() == pytest.approx(((advantages - both.mean()) / both.std()).tolist(), abs=1e-5)
