@@ -116,7 +116,7 @@ def learn(options: argparse.Namespace, folder: Path) -> list[str]:
         run = [f"run.seed={seed}", f"run.output={folder / f'seed-{seed}'}"]
         summary = pipeline.train(load_recipe(RECIPE, [*places, *run, *options.set]), overwrite=True)
         base, tuned = summary["eval"]["base"], summary["eval"]["tuned"]
-        kept = summary["rows"]["eval"]["kept"] // 2
+        kept = summary["rows"]["eval"]["kept"]
         right, count = right + kept * tuned["preference_accuracy"], count + kept
         lines.append(
             f"learn: seed {seed}: held-out loss {base['loss']:.4f} -> {tuned['loss']:.4f}, preference accuracy"
