@@ -55,7 +55,8 @@ class LowRankProduct(torch.autograd.Function):
     """x W^T + bias + scale d A^T B^T + x P, with d = x, or x after dropout: (..., in) -> (..., out).
 
     `weight` returns W (out, in), which is frozen as the bias is. `factors` are what A (r, in) and B (out, r) are
-    multiplied as, the scale in the second. P are `frozen` updates, each a chain of matrices that leads from in to out.
+    multiplied as, the scale in the second; where they are wider, what follows the r of A and B is frozen too. P are
+    `frozen` updates, each a chain of matrices that leads from in to out.
     """
 
     @staticmethod
@@ -79,7 +80,7 @@ class LowRankProduct(torch.autograd.Function):
         for chain in frozen:
             out.addmm_(_through(_rows(x), chain[:-1]), chain[-1])
         ctx.save_for_backward(*_kept(rows, h, a), down, up)
-        ctx.weight, ctx.scale, ctx.frozen, ctx.shape = weight, scale, frozen, x.shape
+        ctx.weight, ctx.scale, ctx.frozen, ctx.shape, ctx.rank = weight, scale, frozen, x.shape, a.shape[0]
         return y
 
     @staticmethod
@@ -93,6 +94,8 @@ class LowRankProduct(torch.autograd.Function):
             for chain in ctx.frozen:
                 back = [matrix.T for matrix in reversed(chain)]
                 _rows(of_x).addmm_(_through(flat, back[:-1]), back[-1])
+        of_h, down = of_h[:, : ctx.rank], down[:, : ctx.rank]
+        h = None if h is None else h[:, : ctx.rank]
         of_a = (rows.T @ of_h).T.float() if ctx.needs_input_grad[2] else None
         of_b = _of_update(rows, h, down, flat).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
         return of_x, of_dropped, of_a, of_b, *[None] * 5

@@ -30,6 +30,9 @@ class ReloraLinear(LoraLinear):
         self._forget_factors()
         self._merged: list[object] = []  # what `_chains` was made of
         self._chains: list[tuple[Tensor, ...]] = []
+        self._live: tuple[Tensor, Tensor] | None = None
+        """What `_wide` has before the past."""
+        self._wide: tuple[Tensor, Tensor] | None = None
 
     def adapt(self, x: Tensor) -> Tensor:
         """Return W x, what was merged, without dropout, the live update and the bias: (..., in) -> (..., out)."""
@@ -37,7 +40,12 @@ class ReloraLinear(LoraLinear):
             y: Tensor = self.base(x)
             return y + F.linear(x, self.delta.to(x.dtype))
         factors = self._cast.of(self.lora_A, self.lora_B, self.scale, x.dtype)
-        return self.product(x, self.lora_A, self.lora_B, self.scale, factors, self._past_chains(x.dtype))
+        chains = self._past_chains(x.dtype)
+        if len(self.past_A) and not (self.dropout and self.training):
+            # A product of twice the rank takes hardly longer than one; what was merged has no dropout, though.
+            *chains, past = chains
+            factors = self._beside(factors, past)
+        return self.product(x, self.lora_A, self.lora_B, self.scale, factors, chains)
 
     def merged_weight(self) -> Tensor:
         """Return W + P + scale B A, (out, in) float32; in the warm start W and the update that is trained."""
@@ -110,12 +118,20 @@ class ReloraLinear(LoraLinear):
         """Return what was merged as `LowRankProduct` takes it; a restart makes new tensors, and so a new cast."""
         merged: list[object] = [self.past_delta, self.past_A, self.past_B, dtype]
         if any(was is not now for was, now in zip_longest(self._merged, merged)):
-            self._merged, self._chains = merged, []
+            self._merged, self._chains, self._live = merged, [], None
             if self.past_delta is not None:
                 self._chains.append((laid_out(self.past_delta.T, dtype),))
             if len(self.past_A):
                 self._chains.append(cast(self.past_A, self.past_B, dtype))
         return self._chains
+
+    @torch.no_grad()
+    def _beside(self, live: tuple[Tensor, Tensor], past: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return the live factors with those of the past behind them: (in, r + R), (r + R, out)."""
+        if self._wide is None or self._live is not live:
+            self._live = live
+            self._wide = torch.cat([live[0], past[0]], dim=1), torch.cat([live[1], past[1]])
+        return self._wide
 
     def _all_factors(self) -> tuple[Tensor, Tensor]:
         return (

@@ -266,19 +266,18 @@ def _plan(
         first = sum(len(one) for one in keys)
         keys.append((places[:, None] * shared + np.arange(shared)[:, None]).reshape(-1))
         of_keys.append(np.repeat(own[:, None], shared, axis=1).reshape(-1))
-        elsewhere = (within <= last) & ~own
+        twice = (within <= last) & ~own
         by_token = np.arange(first, first + len(keys[-1])).reshape(len(members), shared, length)
-        again.append(by_token.transpose(0, 2, 1)[elsewhere].reshape(-1))
-        again_tokens.append(places[elsewhere])
+        again.append(by_token.transpose(0, 2, 1)[twice].reshape(-1))
+        again_tokens.append(places[twice])
         chunks.append(_Chunk(len(members), length, tiles))
     query_rows, own_queries = np.concatenate(queries), np.concatenate(of_queries)
     key_rows, own_keys = np.concatenate(keys), np.concatenate(of_keys)
     query_places, key_places = np.empty(number * heads, np.int64), np.empty(number * shared, np.int64)
     query_places[query_rows[own_queries]] = np.flatnonzero(own_queries)
     key_places[key_rows[own_keys]] = np.flatnonzero(own_keys)
-    found = (query_rows, key_rows, query_places, key_places, np.flatnonzero(~own_queries))
-    repeated = map(np.concatenate, (again, again_tokens))
-    return _Plan(tuple(chunks), *map(torch.from_numpy, (*found, *repeated)))
+    found = [query_rows, key_rows, query_places, key_places, np.flatnonzero(~own_queries)]
+    return _Plan(tuple(chunks), *map(torch.from_numpy, [*found, *map(np.concatenate, (again, again_tokens))]))
 
 
 def _chunks(lengths: tuple[int, ...], heads: int) -> Iterator[tuple[list[int], int]]:

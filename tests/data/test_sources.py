@@ -141,7 +141,8 @@ def test_the_first_rows_of_several_files(tmp_path, tokenizer):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in pairs))
     two = run(tokenizer, train=str(path), max_train_rows=2, consumes=(Pair,))[0].train
-    answers = [tokenizer.decode(two[row].input_ids[two[row].trained]) for row in range(len(two))]
+    both = [answer for row in range(len(two)) for answer in two[row].answers()]
+    answers = [tokenizer.decode(one.input_ids[one.trained]) for one in both]
     assert [one.removesuffix("<|im_end|>") for one in answers] == ["yes0", "no0", "yes1", "no1"]
 
 
