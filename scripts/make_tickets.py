@@ -16,7 +16,7 @@ import argparse
 import json
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -200,7 +200,7 @@ def entity_words(rows: Sequence[Row]) -> set[str]:
     return words - set(SUFFIXES)
 
 
-def write_jsonl(path: Path, rows: Sequence[Row]) -> None:
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows one a line, UTF-8, with a newline at the end on every platform."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
