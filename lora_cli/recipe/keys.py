@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from lora_cli.recipe.field_texts import documented
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.stage import CONSTITUTION, StageKeys
 
@@ -70,7 +71,7 @@ def json_schema() -> JsonSchema:
 @cache
 def stage_keys() -> JsonSchema:
     """Return the keys that an entry of a list of objectives has besides, by name."""
-    keys: JsonSchema = StageKeys.model_json_schema()["properties"]
+    keys: JsonSchema = documented(StageKeys.model_json_schema(), StageKeys)["properties"]
     return keys
 
 
@@ -92,7 +93,7 @@ def _with_stage_keys(block: JsonSchema) -> JsonSchema:
 
 @cache
 def _schema() -> JsonSchema:
-    return Recipe.model_json_schema()
+    return documented(Recipe.model_json_schema(), Recipe)
 
 
 @cache

@@ -28,14 +28,13 @@ class Conflict:
 
 
 class Section(BaseModel):
-    """Base of every block: unknown keys refused, no silent type conversion, docstrings become descriptions."""
+    """Base of every block: unknown keys refused, no silent type conversion; texts of fields: `field_texts.py`."""
 
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
         frozen=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
         protected_namespaces=(),
         validate_default=True,
     )
