@@ -26,15 +26,11 @@ DPO: dict[str, Any] = {
 }  # fmt: skip
 SFT: dict[str, Any] = {"name": "sft", "train": {"max_steps": 4}}
 BY_REWARD = [{"name": "reward_model", "run": "stage:reward"}]
-RLHF: tuple[dict[str, Any], ...] = (
-    SFT | {"train": {"max_steps": 2}},
-    DPO | {"name": "reward"},
-    {
-        "name": "ppo", "rewards": BY_REWARD, "samples": 2, "updates_per_rollout": 2, "beta": 0.05,
-        "sampling": {"max_new_tokens": 6}, "train": {"max_steps": 4},
-        "evaluate": {"metrics": ["loss", "win_rate"], "win_rate": {"rewards": BY_REWARD}},
-    },
-)  # fmt: skip
+PPO = GRPO | {
+    "name": "ppo", "rewards": BY_REWARD,
+    "evaluate": {"metrics": ["loss", "win_rate"], "win_rate": {"rewards": BY_REWARD}},
+}  # fmt: skip
+RLHF = (SFT | {"train": {"max_steps": 2}}, DPO | {"name": "reward"}, PPO)
 
 
 def write_chain(folder: Path, base: Path, *objectives: dict[str, Any], **changes: Any) -> Path:
@@ -140,8 +136,8 @@ def test_rlhf_killed_anywhere_ends_in_the_same_bytes(server: ForkServer, base: P
         ("folder-made:kill:step-3", "2-reward"),  # a third step of the reward model is lost
         ("half-file:kill:adapter", "2-reward"),  # its export is half written, with the head
         (None, "2-reward"),  # it has just been finished
-        ("after-rename:kill:step-1", "3-ppo"),  # between two updates of one rollout
-        ("folder-made:kill:step-4", "3-ppo"),
+        ("after-rename:kill:step-1", "3-rl"),  # between two updates of one rollout
+        ("folder-made:kill:step-4", "3-rl"),
     ):
         server.start(folder, "train", "recipe.yaml", environment={"LORA_FAILPOINT": place} if place else None)
         deadline = time.monotonic() + 60
@@ -152,7 +148,7 @@ def test_rlhf_killed_anywhere_ends_in_the_same_bytes(server: ForkServer, base: P
         assert max(path.parent.name for path in run.glob("*/checkpoints")) == begun or place is None, place
     server.succeed(folder, "train", "recipe.yaml")
     assert differences(results(folder / "run"), results(whole / "run")) == []
-    drawn, expected = (one / "run" / "3-ppo" / "rollouts.jsonl" for one in (folder, whole))
+    drawn, expected = (one / "run" / "3-rl" / "rollouts.jsonl" for one in (folder, whole))
     assert drawn.read_bytes() == expected.read_bytes()
     assert leftovers(folder) == []
     assert server.run(folder, "recipe", "show", "recipe.yaml").output.count("stage:reward") == 2
@@ -160,6 +156,9 @@ def test_rlhf_killed_anywhere_ends_in_the_same_bytes(server: ForkServer, base: P
     found = json.loads(server.run(folder, "eval", "run", "--json").output)
     assert found["tuned"] == pytest.approx(scores["tuned"], abs=1e-6)
     assert found["tuned"].keys() >= {"reward", "win_rate"}
+    run.rename(folder / "moved")
+    moved = server.run(folder, "train", "recipe.yaml", "run.output=moved")
+    assert moved.output.count("finished already") == 3, moved
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
