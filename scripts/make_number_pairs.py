@@ -1,8 +1,8 @@
 """Write pairs of answers to questions about numbers, for the reward model of configs/rlhf.yaml.
 
-A pair for each question of `numbers.train.jsonl`. The chosen answer is the largest number. The rejected one is another of
-the three in half of the rows, in a quarter a number with its digits from two of the three, and in a quarter any that was
-not asked about: mistakes that a model makes which is rewarded for large numbers.
+A pair for each question of `numbers.train.jsonl`. The chosen answer is the largest number. The rejected one is another
+of the three in half of the rows, in a quarter a number with its digits from two of the three, and in a quarter any that
+was not asked about: mistakes that a model makes which is rewarded for large numbers.
 
 The output is a function of the seed only: the same bytes on every run and platform.
 Run: python scripts/make_number_pairs.py
