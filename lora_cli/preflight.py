@@ -48,8 +48,8 @@ def check(
         lambda: _check_allowed(allow),
         lambda: _check_start(recipe, resume=resume) if "adapter.init_from" not in later else None,
         lambda: _check_template(recipe) if rows_are_there else None,
-        lambda: check_win_rate(recipe),
-        lambda: reward_folder.check(recipe) if "objective.rewards" not in later else None,
+        lambda: check_win_rate(recipe, later),
+        lambda: reward_folder.check(recipe, later),
         lambda: output_folder.check(recipe, resume=resume, overwrite=overwrite),
     )
 

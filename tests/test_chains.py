@@ -25,6 +25,12 @@ DPO: dict[str, Any] = {
     "name": "dpo", "data": {"train": "pairs.jsonl", "eval": "held.jsonl"}, "train": {"max_steps": 4}
 }  # fmt: skip
 SFT: dict[str, Any] = {"name": "sft", "train": {"max_steps": 4}}
+BY_REWARD = [{"name": "reward_model", "run": "stage:reward"}]
+PPO = GRPO | {
+    "name": "ppo", "rewards": BY_REWARD,
+    "evaluate": {"metrics": ["loss", "win_rate"], "win_rate": {"rewards": BY_REWARD}},
+}  # fmt: skip
+RLHF = (SFT | {"train": {"max_steps": 2}}, DPO | {"name": "reward"}, PPO)
 
 
 def write_chain(folder: Path, base: Path, *objectives: dict[str, Any], **changes: Any) -> Path:
@@ -117,6 +123,42 @@ def test_a_killed_chain_ends_in_the_same_bytes(
     server.succeed(folder, "train", "recipe.yaml")
     assert differences(results(folder / "run"), expected) == []
     assert leftovers(folder) == []
+
+
+def test_rlhf_killed_anywhere_ends_in_the_same_bytes(server: ForkServer, base: Path, tmp_path: Path) -> None:
+    """sft, a reward model and ppo rewarded by it, killed in and between them, is the chain in one piece, draws too."""
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    for one in (whole, folder):
+        write_chain(one, base, *RLHF)
+    server.succeed(whole, "train", "recipe.yaml")
+    run = folder / "run"
+    for place, begun in (
+        ("folder-made:kill:step-3", "2-reward"),  # a third step of the reward model is lost
+        ("half-file:kill:adapter", "2-reward"),  # its export is half written, with the head
+        (None, "2-reward"),  # it has just been finished
+        ("after-rename:kill:step-1", "3-rl"),  # between two updates of one rollout
+        ("folder-made:kill:step-4", "3-rl"),
+    ):
+        server.start(folder, "train", "recipe.yaml", environment={"LORA_FAILPOINT": place} if place else None)
+        deadline = time.monotonic() + 60
+        while place is None and not (run / "2-reward" / "summary.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        assert (server.code() if place else server.kill()) == -9, (place, (folder / ERRORS).read_text())
+        assert max(path.parent.name for path in run.glob("*/checkpoints")) == begun or place is None, place
+    server.succeed(folder, "train", "recipe.yaml")
+    assert differences(results(folder / "run"), results(whole / "run")) == []
+    drawn, expected = (one / "run" / "3-rl" / "rollouts.jsonl" for one in (folder, whole))
+    assert drawn.read_bytes() == expected.read_bytes()
+    assert leftovers(folder) == []
+    assert server.run(folder, "recipe", "show", "recipe.yaml").output.count("stage:reward") == 2
+    scores = json.loads((folder / "run" / "summary.json").read_text())["stages"][2]["eval"]
+    found = json.loads(server.run(folder, "eval", "run", "--json").output)
+    assert found["tuned"] == pytest.approx(scores["tuned"], abs=1e-6)
+    assert found["tuned"].keys() >= {"reward", "win_rate"}
+    run.rename(folder / "moved")
+    moved = server.run(folder, "train", "recipe.yaml", "run.output=moved")
+    assert moved.output.count("finished already") == 3, moved
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

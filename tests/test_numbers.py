@@ -33,6 +33,23 @@ def test_they_are_what_the_script_writes(tmp_path: Path) -> None:
     assert not found["train"] & found["eval"]
 
 
+def test_the_pairs_are_what_the_script_writes(tmp_path: Path) -> None:
+    """The script writes the bytes of the sample; the larger number is chosen, of a question that is trained on."""
+    subprocess.run(
+        [sys.executable, ROOT / "scripts" / "make_number_pairs.py", "--output", tmp_path],
+        check=True,
+        capture_output=True,
+    )
+    sample = (ROOT / "configs" / "samples" / "number_pairs.jsonl").read_bytes()
+    assert (tmp_path / "number_pairs.jsonl").read_bytes() == sample
+    trained_on = {
+        row["prompt"]: row["completion"]
+        for row in map(json.loads, (ASSETS / "numbers.train.jsonl").read_bytes().splitlines())
+    }
+    for row in map(json.loads, sample.splitlines()):
+        assert trained_on[row["prompt"]] == row["chosen"] != row["rejected"]
+
+
 @pytest.mark.usefixtures("own_cache")
 def test_a_few_steps_by_reward_raise_the_held_out_reward(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

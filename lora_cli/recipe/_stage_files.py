@@ -53,22 +53,28 @@ def _places(tree: MappingNode) -> Iterator[tuple[str, ScalarNode, bool]]:
     for name in ("train", "eval"):
         for node in _own_values(data, name):
             yield f"data.{name}", node, False
-    sources = _block(data, "sources") if data is not None else None
+    sources = _block(data, "sources")
     for name in list(sources.entries) if sources is not None else ():
         for node in _own_values(_block(sources, name), "path"):
             yield f"data.sources.{name}.path", node, False
     for node in _own_values(_block(tree, "constitution"), "prompts"):
         yield "constitution.prompts", node, False
-    objective = _block(tree, "objective")
-    rewards = objective.entries.get("rewards", ("", None))[1] if objective is not None else None
-    if objective is not None and isinstance(rewards, SequenceNode):
-        place = objective.entries["rewards"][0]
-        items = [MappingNode(one.place, dict(one.entries)) if isinstance(one, MappingNode) else one
-                 for one in rewards.items]  # fmt: skip
-        objective.entries["rewards"] = (place, SequenceNode(rewards.place, list(items)))
-        for item in items:
-            for node in _own_values(item if isinstance(item, MappingNode) else None, "run"):
-                yield "objective.rewards", node, True
+    yield from _rewards(_block(tree, "objective"), "objective")
+    yield from _rewards(_block(_block(tree, "evaluate"), "win_rate"), "evaluate.win_rate")
+
+
+def _rewards(block: MappingNode | None, key: str) -> Iterator[tuple[str, ScalarNode, bool]]:
+    """Yield the runs that a block's list of rewards names, likewise."""
+    if block is None or not isinstance(rewards := block.entries.get("rewards", ("", None))[1], SequenceNode):
+        return
+    items = [
+        MappingNode(one.place, dict(one.entries)) if isinstance(one, MappingNode) else one
+        for one in rewards.items
+    ]
+    block.entries["rewards"] = (block.entries["rewards"][0], SequenceNode(rewards.place, list(items)))
+    for item in items:
+        for node in _own_values(item if isinstance(item, MappingNode) else None, "run"):
+            yield f"{key}.rewards", node, True
 
 
 def _block(parent: MappingNode | None, key: str) -> MappingNode | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -40,6 +41,9 @@ do, through the draws of a dropout)."""
 
 NOT_COMPARED = BY_CONTENT | {"run.output", "run.device", "train.log_every", "train.activations"}
 """Keys in which a finished run may differ from what is asked for."""
+
+_OF_RUNS = ("objective.rewards", "evaluate.win_rate.rewards")
+"""Lists whose entries may name a run."""
 
 FIXED = {
     "adapter.method",
@@ -169,7 +173,21 @@ def changed_keys(before: Recipe, now: Recipe) -> dict[str, str]:
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if "adapter.method" in changed:
         changed = [key for key in changed if key == "adapter.method" or not key.startswith("adapter.")]
+    changed = [
+        key
+        for key in changed
+        if key not in _OF_RUNS or _beside(before, old.get(key)) != _beside(now, new.get(key))
+    ]
     return {key: f"{old.get(key)!r} -> {new.get(key)!r}" for key in changed}
+
+
+def _beside(recipe: Recipe, rewards: Any) -> Any:
+    """Return rewards with runs beside this one by their names: stages that were moved together are the same."""
+    folder = Path(recipe.run.output).parent
+    return [
+        one | {"run": Path(one["run"]).name} if one["run"] and Path(one["run"]).parent == folder else one
+        for one in rewards or ()
+    ]
 
 
 def changes_training(key: str) -> bool:

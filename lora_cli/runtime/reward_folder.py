@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from lora_cli.errors import InputError
@@ -12,15 +12,19 @@ from lora_cli.recipe.schema import Recipe, RolloutObjective
 from lora_cli.runtime.run_folder import RunFolder
 
 
-def check(recipe: Recipe) -> list[str]:
+def check(recipe: Recipe, later: Collection[str] = ()) -> list[str]:
     """Check every one of the objective's, and return a line for each; see `check_rewards`."""
     objective = recipe.objective
     rewards = objective.rewards if isinstance(objective, RolloutObjective) else ()
-    return check_rewards(recipe, "objective.rewards", rewards)
+    return check_rewards(recipe, "objective.rewards", rewards, later)
 
 
-def check_rewards(recipe: Recipe, key: str, rewards: Iterable[Reward]) -> list[str]:
+def check_rewards(
+    recipe: Recipe, key: str, rewards: Iterable[Reward], later: Collection[str] = ()
+) -> list[str]:
     """Check those that the list at `key` names, and return a line for each.
+
+    Where `later` has the key, an earlier stage, whose folder is beside this run's, may be yet to make its own.
 
     Raises:
         InputError: one is no folder, is what the run writes, or holds neither a run's export, an adapter nor a model.
@@ -32,9 +36,12 @@ def check_rewards(recipe: Recipe, key: str, rewards: Iterable[Reward]) -> list[s
             continue
         check_name(place, reward.run)
         folder = expanded(place, reward.run)
+        output = expanded("run.output", recipe.run.output)
+        if key in later and folder.parent == output.parent:
+            continue
         if not folder.is_dir():
             raise InputError(f"{place}: {reward.run}: no such folder{near_matches(Path(reward.run))}")
-        if folder.resolve().is_relative_to(expanded("run.output", recipe.run.output).resolve()):
+        if folder.resolve().is_relative_to(output.resolve()):
             raise InputError(
                 f"{place}: {reward.run} is in run.output, which this run writes (choose another run.output)"
             )

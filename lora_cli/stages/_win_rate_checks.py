@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from lora_cli.errors import InputError
@@ -10,8 +11,10 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.runtime import reward_folder
 
 
-def check_win_rate(recipe: Recipe) -> str | None:
+def check_win_rate(recipe: Recipe, later: Collection[str] = ()) -> str | None:
     """Check the files of rewards, or the key and the folder of the judge, and say what decides; None where nothing is.
+
+    `later` are keys that name what is not made yet.
 
     Raises:
         InputError: one of them is not there, or the folder cannot be used.
@@ -21,7 +24,7 @@ def check_win_rate(recipe: Recipe) -> str | None:
         return None
     key = "evaluate.win_rate.rewards"
     place = recipe.at(key)
-    reward_folder.check_rewards(recipe, key, win_rate.rewards or ())
+    reward_folder.check_rewards(recipe, key, win_rate.rewards or (), later)
     for reward in win_rate.rewards or ():
         if reward.file is not None:
             check_name(place, reward.file)

@@ -72,6 +72,34 @@ def test_each_stage_has_a_recipe_of_its_own(tmp_path: Path) -> None:
     assert [stage.later for stage in chain.stages] == [set(), *waits]
 
 
+def test_a_reward_model_of_the_chain_rewards_and_judges(tmp_path: Path) -> None:
+    """`stage:NAME` is the folder of a reward stage for an objective and for a win rate, and of no other."""
+    rewards = "[{name: reward_model, run: 'stage:rm'}]"
+    text = (
+        "data: {eval: held_out.jsonl}\nobjective:\n  - {name: sft}\n  - {name: reward, stage: rm}\n"
+        f"  - {{name: ppo, rewards: {rewards}}}\n"
+        f"  - {{name: sft, stage: last, evaluate: {{metrics: [win_rate], win_rate: {{rewards: {rewards}}}}}}}\n"
+    )
+    chain = chain_of(tmp_path, text)
+    ppo, last = chain.stages[2].recipe, chain.stages[3].recipe
+    assert ppo.objective.rewards[0].run == "runs/latest/2-rm"  # type: ignore[union-attr]
+    won = last.evaluate.compares()
+    assert won is not None
+    assert won.rewards is not None
+    assert won.rewards[0].run == "runs/latest/2-rm"
+    assert [stage.later - {"adapter.init_from"} for stage in chain.stages[2:]] == [
+        {"objective.rewards"}, {"evaluate.win_rate.rewards"}
+    ]  # fmt: skip
+    written = dump_chain(chain)
+    assert written.count("stage:rm") == 2
+    assert "2-rm" not in written
+    lines = problems_of(tmp_path, text.replace("stage:rm", "stage:sft"))
+    assert lines == [
+        f"{place}: found stage:sft, but a run that rewards is a stage of the objective reward (name one)"
+        for place in ("5:53: objective.rewards", "6:109: evaluate.win_rate.rewards")
+    ]
+
+
 @pytest.mark.parametrize("method", ["full", "relora"])
 def test_a_method_without_a_start_goes_on_from_the_merged_model(tmp_path: Path, method: str) -> None:
     """The next stage's base is the merged model of the one before, which is written besides what is asked for."""
