@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_cli import disk, interrupts
+from lora_cli import interrupts
 from lora_cli.errors import InputError
 from lora_cli.paths import check_writable
 from lora_cli.publish import remove, sweep, write_json, write_text
@@ -85,13 +85,7 @@ class ChainFolder:
             InputError: the folder cannot be made, or is locked.
             ResourceError: the disk is full or failing.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            if error.errno in disk.NUMBERS:
-                raise disk.fault(error, self.path) from error
-            raise InputError(f"run.output: {self.path}: {error.strerror} (choose another folder)") from error
-        self.lock.take()
+        self.lock.claim()
         sweep(self.path)
         if overwrite:
             remove(self.path / SUMMARY_FILE)

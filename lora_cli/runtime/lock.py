@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import IO, Self
 
-from lora_cli.errors import InputError
+from lora_cli import disk
+from lora_cli.errors import InputError, LoraError
 
 NAME = ".lock"
 _ATTEMPTS, _PAUSE = 5, 0.05
@@ -34,6 +35,24 @@ class Lock:
     def held(self) -> bool:
         """True from `take` until its context is left."""
         return self._file is not None
+
+    def claim(self) -> None:
+        """Make the folder, where it is not there yet, and take its lock.
+
+        Raises:
+            InputError: the folder cannot be made or written to, or another process holds it.
+            ResourceError: the disk is full or failing.
+        """
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.take()
+        except LoraError:
+            raise
+        except OSError as error:
+            if error.errno in disk.NUMBERS:
+                raise disk.fault(error, folder) from error
+            raise InputError(f"run.output: {folder}: {error.strerror} (choose another folder)") from error
 
     def take(self) -> None:
         """Take the lock, unless this is its holder already; the folder must exist.

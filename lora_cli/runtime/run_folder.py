@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_cli import disk, interrupts
-from lora_cli.errors import InputError, LoraError
+from lora_cli import interrupts
+from lora_cli.errors import InputError
 from lora_cli.manifest import MANIFEST, sha256_of, verify
 from lora_cli.publish import remove, sweep, write_json, write_text
 from lora_cli.runtime.lock import Lock
@@ -118,15 +118,7 @@ class RunFolder:
             ResourceError: the disk is full or failing.
         """
         judged = self.lock.held
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock.take()
-        except LoraError:
-            raise
-        except OSError as error:
-            if error.errno in disk.NUMBERS:
-                raise disk.fault(error, self.path) from error
-            raise InputError(f"run.output: {self.path}: {error.strerror} (choose another folder)") from error
+        self.lock.claim()
         if not judged and self.is_run():
             raise InputError(
                 f"run.output: another process began a run in {self.path} meanwhile (start again)"
